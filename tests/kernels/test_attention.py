@@ -1,0 +1,97 @@
+"""Fast attention against materialised float32 scores, and the optional backends' calling conventions."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from unipic_run.engine.errors import UnsupportedDeviceError
+from unipic_run.engine.layers.attention import Attention, prefix_attention, resolve
+from unipic_run.kernels.attention import attention, attention_ref
+
+CASES = [  # heads, key heads, queries, keys, head dim, causal; why
+    (16, 16, 67, 67, 80, False),  # MAR
+    (12, 2, 33, 33, 128, True),  # LLM prefill
+    (12, 2, 33, 90, 128, True),  # a block behind its prompt
+    (12, 2, 1, 90, 128, True),  # one token of an answer
+    (1, 1, 25, 25, 512, False),  # VAE
+    (4, 4, 9, 65, 80, False),  # a pruned last block: few queries, all keys
+]
+
+
+def tensors(heads: int, key_heads: int, queries: int, keys: int, dim: int) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    return torch.randn(2, heads, queries, dim), *torch.randn(2, 2, key_heads, keys, dim)
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "queries", "keys", "dim", "causal"), CASES)
+def test_attention_equals_reference(
+    heads: int, key_heads: int, queries: int, keys: int, dim: int, causal: bool
+) -> None:
+    q, k, v = tensors(heads, key_heads, queries, keys, dim)
+    torch.testing.assert_close(attention(q, k, v, causal), attention_ref(q, k, v, causal), atol=2e-6, rtol=1e-5)
+
+
+def test_reference_by_hand() -> None:
+    q, k = torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 3, 4)
+    v = torch.tensor([1.0, 2.0, 6.0]).view(1, 1, 3, 1)
+    assert attention_ref(q, k, v, causal=True).flatten().tolist() == [1.5, 3.0]  # query 0 sees keys 0 and 1
+
+
+def fake_flash() -> ModuleType:
+    module = ModuleType("flash_attn")
+
+    def flash_attn_func(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+        return attention_ref(*(x.transpose(1, 2) for x in (q, k, v)), causal).transpose(1, 2)
+
+    module.flash_attn_func = flash_attn_func
+    return module
+
+
+def fake_xformers() -> ModuleType:
+    module = ModuleType("xformers.ops")
+
+    class LowerTriangularFromBottomRightMask:
+        pass
+
+    def memory_efficient_attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_bias: object
+    ) -> torch.Tensor:
+        assert q.shape[2] == k.shape[2], "no grouped queries in this layout"
+        causal = isinstance(attn_bias, LowerTriangularFromBottomRightMask)
+        return attention_ref(*(x.transpose(1, 2) for x in (q, k, v)), causal).transpose(1, 2)
+
+    module.LowerTriangularFromBottomRightMask = LowerTriangularFromBottomRightMask
+    module.memory_efficient_attention = memory_efficient_attention
+    return module
+
+
+@pytest.mark.parametrize("backend", ["flash-attn", "xformers"])
+@pytest.mark.parametrize(("heads", "key_heads", "queries", "keys", "dim", "causal"), CASES)
+def test_optional_backends_are_called_as_they_expect(
+    backend: str, heads: int, key_heads: int, queries: int, keys: int, dim: int, causal: bool, monkeypatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", fake_flash())
+    monkeypatch.setitem(sys.modules, "xformers.ops", fake_xformers())
+    q, k, v = tensors(heads, key_heads, queries, keys, dim)
+    got = Attention(backend)(q, k, v, causal)
+    torch.testing.assert_close(got, attention_ref(q, k, v, causal), atol=2e-6, rtol=1e-5)
+
+
+def test_rows_of_different_prompts_see_their_own_prefix_only() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 4, 5, 8), torch.randn(3, 2, 5, 8), torch.randn(3, 2, 5, 8)
+    short, long = (torch.randn(2, 2, 3, 8), torch.randn(2, 2, 11, 8))
+    got = prefix_attention(Attention(), [(*short, 1), (*long, 2)], q, k, v)
+    for row, (keys, values) in enumerate((short, long, long)):
+        all_k, all_v = torch.cat([keys[None], k[row : row + 1]], 2), torch.cat([values[None], v[row : row + 1]], 2)
+        torch.testing.assert_close(got[row : row + 1], attention_ref(q[row : row + 1], all_k, all_v, causal=True))
+
+
+def test_resolving_names_the_reason() -> None:
+    cpu = torch.device("cpu")
+    assert resolve("auto", cpu, torch.float32) == Attention("sdpa")
+    with pytest.raises(UnsupportedDeviceError, match="flash"):
+        resolve("flash-attn", cpu, torch.bfloat16)
+    with pytest.raises(UnsupportedDeviceError, match="choose from auto, sdpa"):
+        resolve("magic", cpu, torch.bfloat16)
