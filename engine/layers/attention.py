@@ -1,0 +1,95 @@
+"""One door to attention: the backends, and which of them runs.
+
+`sdpa` is torch's own; `flash-attn` and `xformers` are optional packages for CUDA. `auto` takes flash-attn where it is
+installed and applies, else sdpa. The resolved name is what `doctor` and every result report.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...kernels.attention import attention as sdpa
+from ..errors import UnsupportedDeviceError
+
+BACKENDS = ("auto", "sdpa", "flash-attn", "xformers")
+_MODULES = {"flash-attn": "flash_attn", "xformers": "xformers"}
+_MAX_FLASH_HEAD = 256
+
+
+@dataclass(frozen=True)
+class Attention:
+    """softmax(q k^T / sqrt(d)) v through one backend."""
+
+    backend: str = "sdpa"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+        """q (B, H, Lq, d); k, v (B, K, Lk, d), K divides H; causal masks align to the last key. Returns q's shape."""
+        if self.backend == "flash-attn" and q.shape[-1] <= _MAX_FLASH_HEAD:
+            return _flash(q, k, v, causal)
+        if self.backend == "xformers":
+            return _xformers(q, k, v, causal)
+        return sdpa(q, k, v, causal)
+
+
+def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
+    """The backend for `name` on this device, or UnsupportedDeviceError with the reason."""
+    if name not in BACKENDS:
+        raise UnsupportedDeviceError(f"attention backend {name!r} is unknown", f"choose from {', '.join(BACKENDS)}")
+    half_on_cuda = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    if name == "auto":
+        return Attention("flash-attn" if half_on_cuda and installed("flash-attn") else "sdpa")
+    if name in _MODULES:
+        if not installed(name):
+            extra = name.removesuffix("-attn")
+            raise UnsupportedDeviceError(
+                f"attention backend {name} is not installed", f'pip install "unipic-run[{extra}]", or use --attn sdpa'
+            )
+        if not half_on_cuda:
+            kind = str(dtype).removeprefix("torch.")
+            raise UnsupportedDeviceError(
+                f"attention backend {name} needs float16 or bfloat16 on CUDA, not {kind} on {device.type}",
+                "use --attn sdpa",
+            )
+    return Attention(name)
+
+
+def installed(name: str) -> bool:
+    return importlib.util.find_spec(_MODULES[name]) is not None
+
+
+def prefix_attention(
+    attend: Attention, prefixes: Sequence[tuple[Tensor, Tensor, int]], q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """Causal attention of a block of rows, each continuing its own prompt.
+
+    q (R, H, L, d); k, v (R, K, L, d). `prefixes`: (keys, values, rows) in row order, keys and values (K, S, d) shared
+    by that many consecutive rows. Lengths S differ between prompts and no pad is ever attended. Returns (R, H, L, d).
+    """
+    out, row = [], 0
+    for keys, values, rows in prefixes:
+        here = slice(row, row + rows)
+        all_keys = torch.cat([keys.expand(rows, -1, -1, -1), k[here]], dim=2)  # (rows, K, S + L, d)
+        all_values = torch.cat([values.expand(rows, -1, -1, -1), v[here]], dim=2)
+        out.append(attend(q[here], all_keys, all_values, causal=True))
+        row += rows
+    return torch.cat(out)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    from flash_attn import flash_attn_func  # an optional package
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, L, H, d); flash-attn aligns causal masks to the last key
+    return flash_attn_func(q, k, v, causal=causal).transpose(1, 2)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    from xformers.ops import LowerTriangularFromBottomRightMask, memory_efficient_attention  # an optional package
+
+    group = q.shape[1] // k.shape[1]  # it has no grouped queries in this layout
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    bias = LowerTriangularFromBottomRightMask() if causal else None
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return memory_efficient_attention(q, k, v, attn_bias=bias).transpose(1, 2)

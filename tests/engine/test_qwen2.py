@@ -1,0 +1,110 @@
+"""Qwen2 against transformers on random weights, and the cache's promises."""
+
+import pytest
+import torch
+from unipic_run.engine.kv_cache import KVCache
+from unipic_run.engine.layers.attention import Attention
+from unipic_run.engine.layers.qwen2 import Qwen2, Qwen2Config
+
+CONFIG = Qwen2Config(
+    vocab=50, width=48, layers=3, heads=6, kv_heads=2, head_dim=8, mlp=80, rope_theta=1e6, norm_eps=1e-6,
+    max_positions=512,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Qwen2, torch.nn.Module]:
+    """Ours and transformers', with the same random weights."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs = transformers.Qwen2Model(
+        transformers.Qwen2Config(
+            vocab_size=CONFIG.vocab,
+            hidden_size=CONFIG.width,
+            num_hidden_layers=CONFIG.layers,
+            num_attention_heads=CONFIG.heads,
+            num_key_value_heads=CONFIG.kv_heads,
+            intermediate_size=CONFIG.mlp,
+            rope_parameters={"rope_type": "default", "rope_theta": CONFIG.rope_theta},
+            rms_norm_eps=CONFIG.norm_eps,
+            attn_implementation="eager",
+        )
+    ).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ours = Qwen2(CONFIG, Attention(), round_inv_freq=True).requires_grad_(False)
+    ours.norm.load_state_dict(theirs.norm.state_dict())
+    for mine, layer in zip(ours.layers, theirs.layers, strict=True):
+        attn, mlp = layer.self_attn, layer.mlp
+        mine.qkv.weight.copy_(torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight]))
+        mine.qkv.bias.copy_(torch.cat([attn.q_proj.bias, attn.k_proj.bias, attn.v_proj.bias]))
+        mine.o.weight.copy_(attn.o_proj.weight)
+        mine.gate_up.weight.copy_(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+        mine.down.weight.copy_(mlp.down_proj.weight)
+        mine.input_norm.weight.copy_(layer.input_layernorm.weight)
+        mine.post_norm.weight.copy_(layer.post_attention_layernorm.weight)
+    return ours, theirs
+
+
+def cache(capacity: int) -> KVCache:
+    return KVCache(CONFIG.layers, CONFIG.kv_heads, capacity, CONFIG.head_dim, torch.float32, torch.device("cpu"))
+
+
+def reference(theirs: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return theirs(inputs_embeds=x).last_hidden_state
+
+
+def test_prefill_in_pieces_and_token_by_token(pair: tuple[Qwen2, torch.nn.Module]) -> None:
+    ours, theirs = pair
+    x = torch.randn(1, 17, CONFIG.width)
+    expected, kept = reference(theirs, x), cache(17)
+    pieces = [ours.extend(part, kept) for part in x.split([5, 9, 1, 1, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_block_behind_prompts_of_different_length_leaves_the_caches_alone(
+    pair: tuple[Qwen2, torch.nn.Module],
+) -> None:
+    ours, theirs = pair
+    prompts, block = [torch.randn(1, length, CONFIG.width) for length in (4, 9)], torch.randn(3, 6, CONFIG.width)
+    caches = []
+    for prompt in prompts:
+        caches.append(cache(prompt.shape[1]))
+        ours.extend(prompt, caches[-1])
+    owner = (0, 1, 1)
+    positions = torch.stack([torch.arange(6) + prompts[i].shape[1] for i in owner])
+    got = ours(block, positions, [(caches[0], 1), (caches[1], 2)])
+    for row, i in enumerate(owner):
+        expected = reference(theirs, torch.cat([prompts[i], block[row : row + 1]], 1))[:, -6:]
+        torch.testing.assert_close(got[row : row + 1], expected, atol=1e-4, rtol=1e-4)
+    assert [c.length for c in caches] == [4, 9]
+
+
+def test_cutting_back_forgets_without_touching_memory(pair: tuple[Qwen2, torch.nn.Module]) -> None:
+    ours, _ = pair
+    x, other = torch.randn(2, 1, 8, CONFIG.width)
+    kept = cache(16)
+    first = ours.extend(x, kept)
+    before = kept.keys.data_ptr()
+    ours.extend(other, kept)
+    kept.cut(0)
+    assert torch.equal(ours.extend(x, kept), first) and kept.keys.data_ptr() == before
+    fork = kept.fork(20)
+    assert fork.length == 8 and torch.equal(fork.prefix(1)[0], kept.prefix(1)[0])
+
+
+def test_cache_refuses_what_does_not_fit() -> None:
+    small = cache(3)
+    with pytest.raises(ValueError, match="4 positions do not fit a cache of 3"):
+        small.extend(0, *torch.zeros(2, CONFIG.kv_heads, 4, CONFIG.head_dim))
+    with pytest.raises(ValueError, match="cannot cut"):
+        small.cut(1)
+
+
+def test_rounded_frequencies_only_in_bfloat16() -> None:
+    ours = Qwen2(CONFIG, Attention(), round_inv_freq=True)
+    exact = Qwen2(CONFIG, Attention(), round_inv_freq=False)
+    positions = torch.tensor([[4000]])
+    assert torch.equal(ours.rotary(positions, torch.float32)[0], exact.rotary(positions, torch.float32)[0])
+    assert not torch.equal(ours.rotary(positions, torch.bfloat16)[0], exact.rotary(positions, torch.bfloat16)[0])
