@@ -1,0 +1,88 @@
+"""The random streams of one image, named; and a Tape that replays recorded randomness instead.
+
+A value depends on (seed, stream, position, step) only: not on batch size, device, or how many rounds there are.
+"""
+
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..kernels.philox import WORD, normals, philox, uniform
+
+
+class Stream(IntEnum):
+    """Third word of the Philox counter. Numbers are part of every saved seed: never renumber."""
+
+    ORDER = 0
+    HEAD_START = 1
+    HEAD_STEP = 2
+    TEXT = 5
+
+
+class Noise(Protocol):
+    """Randomness of one image."""
+
+    def order(self, count: int) -> Tensor:
+        """A permutation of 0 .. count-1, int64 on the CPU."""
+
+    def head_start(self, index: int, positions: Tensor, channels: int) -> Tensor:
+        """Start of the head's denoising in round `index` at raster positions (N): (N, channels) float32."""
+
+    def head_steps(self, index: int, positions: Tensor, channels: int, steps: int) -> Tensor:
+        """Noise of every denoising step, in the order taken: (steps, N, channels) float32."""
+
+
+class PhiloxNoise:
+    """The engine's own randomness, from a 64-bit seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.key = (seed & WORD, seed >> 32)
+
+    def order(self, count: int) -> Tensor:
+        w0, w1, _, _ = self.words(torch.arange(count), torch.zeros(1, dtype=torch.int64), Stream.ORDER)
+        return ((w0 << 31) | (w1 >> 1)).argsort(stable=True)  # 63 random bits to sort by
+
+    def head_start(self, index: int, positions: Tensor, channels: int) -> Tensor:
+        return self.normal(Stream.HEAD_START, positions, channels, 1)[0]
+
+    def head_steps(self, index: int, positions: Tensor, channels: int, steps: int) -> Tensor:
+        return self.normal(Stream.HEAD_STEP, positions, channels, steps)
+
+    def uniform(self, stream: Stream, step: int) -> float:
+        """One number in (0, 1]."""
+        zero = torch.zeros(1, dtype=torch.int64)
+        return uniform(self.words(zero, zero + step, stream)[0]).item()
+
+    def normal(self, stream: Stream, positions: Tensor, channels: int, steps: int) -> Tensor:
+        """(steps, N, channels): four channels a counter, counter (position * groups + group, step, stream, 0)."""
+        groups = -(-channels // 4)
+        group = torch.arange(groups, device=positions.device)
+        element = positions[:, None] * groups + group  # (N, groups)
+        step = torch.arange(steps, device=positions.device)[:, None, None]
+        return normals(self.words(element, step, stream)).flatten(2)[..., :channels]
+
+    def words(self, element: Tensor, step: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        element, step = torch.broadcast_tensors(element, step)
+        return philox(self.key, (element, step, torch.full_like(element, stream), torch.zeros_like(element)))
+
+
+class Tape:
+    """Recorded randomness of one image, for replaying a reference run."""
+
+    def __init__(self, order: Tensor, starts: Mapping[int, Tensor], steps: Mapping[int, Tensor]) -> None:
+        """order (M) int64; starts[round] (N, C); steps[round] (steps, N, C) in the order they were drawn."""
+        self._order, self._starts, self._steps = order, starts, steps
+
+    def order(self, count: int) -> Tensor:
+        if len(self._order) != count:
+            raise ValueError(f"the tape's order has {len(self._order)} tokens, the request {count}")
+        return self._order
+
+    def head_start(self, index: int, positions: Tensor, channels: int) -> Tensor:
+        return self._starts[index].to(positions.device)
+
+    def head_steps(self, index: int, positions: Tensor, channels: int, steps: int) -> Tensor:
+        return self._steps[index].to(positions.device)

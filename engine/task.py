@@ -1,0 +1,36 @@
+"""What the models are handed: a checked request turned into tensors, and the part of it computed at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .noise import Noise
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call of `generate` or `edit`, without files and without PIL.
+
+    `pixels` (1, 3, H, W) in [-1, 1] is the source of an edit. `cells` (rows, columns) bool marks the tokens to sample
+    when only part of the picture is regenerated; the others keep the source's latents.
+    """
+
+    kind: str  # "generate", "edit", "inpaint"
+    rows: int  # latent grid
+    columns: int
+    steps: int
+    guidance: float
+    cfg_schedule: str
+    temperature: float
+    negative: str | None = None
+    pixels: Tensor | None = None
+    cells: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images computed together: a prompt and a noise source for each."""
+
+    prompts: Sequence[str]
+    noises: Sequence[Noise]

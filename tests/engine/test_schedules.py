@@ -1,0 +1,66 @@
+"""The reveal plan covers every token once; counts and noise tables agree with the recorded ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from unipic_run.engine.schedules import cosine_betas, ddpm_table, guidance_at, reveal_counts, reveal_rounds
+
+
+def test_counts_equal_the_recorded_schedules(goldens: Path) -> None:
+    for case in json.loads((goldens / "cases" / "mask_schedule.json").read_text()):
+        rows, columns = case["grid"]
+        counts = [before - after for before, after in reveal_counts(rows * columns, case["num_iter"])]
+        assert counts == [count for count in case["predicted_per_iter"] if count], case
+
+
+@pytest.mark.parametrize(("masked", "steps"), [(1, 1), (1, 9), (2, 5), (37, 8), (48, 100)])
+def test_every_token_is_revealed_once_and_known_ones_never(masked: int, steps: int) -> None:
+    torch.manual_seed(0)
+    places = torch.stack([torch.randperm(48)[:masked] for _ in range(2)])  # M of 48 tokens, another set each image
+    plan = reveal_rounds(places, 6, 8, steps)
+    for image in range(2):
+        known = set(range(48)) - set(places[image].tolist())
+        for step in plan.rounds:
+            visible, predicted = step.visible[image].tolist(), step.predicted[image].tolist()
+            assert visible == sorted(known) and predicted == sorted(predicted) and predicted
+            assert not known & set(predicted)
+            known |= set(predicted)
+        assert known == set(range(48))
+    assert plan.rounds[-1].left == 0
+
+
+def test_tokens_are_revealed_from_the_end_of_the_order() -> None:
+    plan = reveal_rounds(torch.tensor([[3, 1, 2, 0]]), 2, 2, 2)
+    assert [step.predicted.tolist() for step in plan.rounds] == [[[0, 2]], [[1, 3]]]
+
+
+def test_linear_guidance_grows_with_what_is_revealed() -> None:
+    assert guidance_at("constant", 3.0, 0.7) == 3.0
+    assert guidance_at("linear", 3.0, 1.0) == 1.0 and guidance_at("linear", 3.0, 0.0) == 3.0
+    assert guidance_at("linear", 3.0, 0.25) == pytest.approx(2.5)
+
+
+def test_noise_table_equals_the_recorded_constants(goldens: Path) -> None:
+    recorded = load_file(goldens / "cases" / "units.safetensors")
+    torch.testing.assert_close(cosine_betas(1000, 0.2), recorded["diff.base_betas_1000"], rtol=1e-12, atol=0)
+    table = ddpm_table(1000, 100, 0.2)
+    assert [step.timestep for step in table] == recorded["diff.timestep_map"].tolist()
+    for field, name in (
+        ("sqrt_recip", "sqrt_recip_alphas_cumprod"),
+        ("sqrt_recip_m1", "sqrt_recipm1_alphas_cumprod"),
+        ("c1", "posterior_mean_coef1"),
+        ("c2", "posterior_mean_coef2"),
+        ("log_beta_tilde", "posterior_log_variance_clipped"),
+    ):
+        ours = torch.tensor([getattr(step, field) for step in table], dtype=torch.float64)
+        torch.testing.assert_close(ours, recorded[f"diff.{name}"], rtol=1e-12, atol=0, msg=field)
+    betas = torch.tensor([step.log_beta for step in table], dtype=torch.float64).exp()
+    torch.testing.assert_close(betas, recorded["diff.betas"], rtol=1e-12, atol=0)
+
+
+def test_one_step_table_is_finite() -> None:
+    (step,) = ddpm_table(1000, 1, 0.2)
+    assert step.timestep == 0 and step.sqrt_recip > 0

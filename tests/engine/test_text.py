@@ -1,0 +1,46 @@
+"""Choosing the next token: penalty, greedy, nucleus, and when to stop."""
+
+from collections import Counter
+
+import torch
+from unipic_run.engine.noise import PhiloxNoise
+from unipic_run.engine.text import decode_text, penalise, pick
+
+
+def test_penalty_pushes_used_tokens_down_whatever_their_sign() -> None:
+    logits, used = torch.tensor([2.0, -2.0, 2.0]), torch.tensor([True, True, False])
+    torch.testing.assert_close(penalise(logits, used, 1.25), torch.tensor([1.6, -2.5, 2.0]))
+
+
+def test_nucleus_draws_only_inside_top_p_in_proportion() -> None:
+    scores = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    drawn = Counter(pick(scores, 1.0, 0.75, PhiloxNoise(1), step) for step in range(2000))
+    assert set(drawn) == {0, 1}
+    assert abs(drawn[0] / 2000 - 0.5 / 0.8) < 0.03
+    everything = Counter(pick(scores, 1.0, 1.0, PhiloxNoise(1), step) for step in range(2000))
+    assert set(everything) == {0, 1, 2, 3}
+
+
+def run(logits: list[list[float]], **options: float) -> tuple[list[int], list[list[int]]]:
+    asked: list[list[int]] = []
+
+    def next_logits(ids: list[int]) -> torch.Tensor:
+        asked.append(list(ids))
+        return torch.tensor(logits[len(asked) - 1])
+
+    settings = {"eos": 2, "limit": 10, "penalty": 1.0, "temperature": 0.0, "top_p": 1.0, **options}
+    return list(decode_text(next_logits, [8, 9], noise=PhiloxNoise(0), **settings)), asked
+
+
+def test_stops_before_the_end_token() -> None:
+    ids, asked = run([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]])
+    assert ids == [0, 1] and asked == [[8, 9], [0], [1]]
+
+
+def test_limit_asks_the_model_no_more_than_needed() -> None:
+    ids, asked = run([[1.0, 0, 0]] * 3, limit=2)
+    assert ids == [0, 0] and len(asked) == 2
+
+
+def test_penalty_reaches_generated_tokens() -> None:
+    assert run([[1.0, 0.9, 0]] * 3, limit=2, penalty=2.0)[0] == [0, 1]
