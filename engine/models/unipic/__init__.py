@@ -1,0 +1,1 @@
+"""Skywork UniPic 1.0."""

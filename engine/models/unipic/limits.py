@@ -1,0 +1,55 @@
+"""What fits the LLM's context: checked before any work is done, since nothing fails loudly when it does not fit."""
+
+from collections.abc import Sequence
+
+from ...errors import UsageError
+from ...request import PATCH
+from ...task import Task
+from ...tokens import Tokens
+from .config import UniPicConfig
+from .prompts import IMAGE, turn, unconditional_turn
+
+PROMPT_ROOM = 512  # positions kept free for a prompt when the largest picture is asked for
+
+
+def max_image_tokens(config: UniPicConfig) -> int:
+    """The most latent tokens a masked edit can have."""
+    return config.llm.max_positions - config.mar.buffer - PROMPT_ROOM
+
+
+def check_prompts(config: UniPicConfig, tokens: Tokens, task: Task, prompts: Sequence[str]) -> None:
+    """Raise UsageError for a prompt that does not fit beside the picture, or that holds the image placeholder."""
+    picture = task.rows * task.columns + config.mar.buffer
+    texts = {turn(task.kind, prompt): prompt for prompt in prompts}
+    texts[unconditional_turn(task.kind, task.negative)] = task.negative or ""
+    for text, said in texts.items():
+        refuse_placeholder(said)
+        images = 1 + text.count(IMAGE)  # the one to make, and the source of an edit
+        used = len(tokens.encode(text)) + images * picture
+        if used > config.llm.max_positions:
+            size = f"{task.columns * PATCH}x{task.rows * PATCH}"
+            raise UsageError(
+                f"a prompt of {used - images * picture} tokens with a picture of {size} takes {used} positions, "
+                f"the model has {config.llm.max_positions}",
+                "shorten the prompt or make the picture smaller",
+            )
+
+
+def check_question(config: UniPicConfig, tokens: Tokens, picture: int, question: str, limit: int) -> int:
+    """Positions behind the image that a question and its answer may take. Raises UsageError if there are not enough."""
+    refuse_placeholder(question)
+    before, _, after = turn("ask", question).partition(IMAGE)
+    room = len(tokens.encode(after)) + limit
+    used = len(tokens.encode(before)) + picture + config.mar.buffer + room
+    if used > config.llm.max_positions:
+        raise UsageError(
+            f"picture, question and {limit} new tokens take {used} positions, the model has {config.llm.max_positions}",
+            "lower --max-new-tokens or --res, or ask something shorter",
+        )
+    return room
+
+
+def refuse_placeholder(text: str) -> None:
+    """A user's text must not claim image features that do not exist."""
+    if IMAGE in text:
+        raise UsageError(f"the text contains {IMAGE}, which the model reserves for image features", "leave it out")
