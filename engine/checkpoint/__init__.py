@@ -1,0 +1,1 @@
+"""Reading released checkpoints without running them, and writing our own folder format."""

@@ -1,0 +1,33 @@
+"""`config.json` of our folder: {"format", "family", "config"}."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import CorruptWeightsError, ModelMissingError
+
+FORMAT = 1
+_AGAIN = "convert or pull the model again"
+
+
+def write_config_file(folder: Path, family: str, config: dict[str, Any]) -> None:
+    text = json.dumps({"format": FORMAT, "family": family, "config": config}, indent=1)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def read_config_file(folder: Path) -> dict[str, Any]:
+    """`family` (a known name or not) and `config`, a dict. Raises ModelMissingError, CorruptWeightsError."""
+    path = folder / "config.json"
+    try:
+        if path.stat().st_size > 2**20:
+            raise ValueError("too large")
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format"] != FORMAT or type(data["family"]) is not str or type(data["config"]) is not dict:
+            raise ValueError(f"format {str(data['format'])[:20]}, this version reads {FORMAT}")
+    except FileNotFoundError:
+        raise ModelMissingError(
+            f"{folder} holds no config.json", "give a folder that `convert` or `pull` made"
+        ) from None
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        raise CorruptWeightsError(f"{path} is damaged ({error})", _AGAIN) from None
+    return data

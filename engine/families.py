@@ -1,0 +1,68 @@
+"""The model families, one row each. A new family is one folder under models/ and one row here."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from .checkpoint.config_file import read_config_file
+from .errors import CorruptWeightsError, UsageError
+
+
+@dataclass(frozen=True)
+class Family:
+    name: str
+    package: str  # under engine/models; holds config.py, model.py and released.py
+    config: str  # the name of its dataclass in config.py
+    hub: str  # hub id of the released weights
+    revision: str  # what a first pull resolves to a commit
+    licence: str
+    card: str
+    note: str
+
+
+FAMILIES = {
+    "unipic": Family(
+        name="unipic",
+        package="unipic",
+        config="UniPicConfig",
+        hub="Skywork/Skywork-UniPic-1.5B",
+        revision="main",
+        licence="MIT, says the authors' code repository; the language model inside is Qwen2.5-1.5B (Apache-2.0). "
+        "The model page has the last word",
+        card="https://huggingface.co/Skywork/Skywork-UniPic-1.5B",
+        note="never run by us: checked against recorded runs of the original code with small random weights",
+    ),
+}
+
+
+def get(name: str) -> Family:
+    """The family called `name`. Raises UsageError, listing the known ones."""
+    if name not in FAMILIES:
+        raise UsageError(f"there is no model family {name!r}", f"known: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def model(name: str) -> Any:
+    """The family's `model` module: its verbs, `needs` and `build`."""
+    return import_module(f".models.{get(name).package}.model", __package__)
+
+
+def read(folder: Path) -> tuple[Family, Any]:
+    """The family of a folder in our format, and its configuration. Raises CorruptWeightsError, ModelMissingError."""
+    data = read_config_file(folder)
+    if data["family"] not in FAMILIES:
+        raise CorruptWeightsError(f"{folder} is of the unknown family {data['family'][:80]!r}", "update unipic-run")
+    family = FAMILIES[data["family"]]
+    config = getattr(import_module(f".models.{family.package}.config", __package__), family.config)
+    try:
+        return family, config.from_json(data["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptWeightsError(
+            f"{folder}/config.json is damaged ({error!r:.200})", "convert the model again"
+        ) from None
+
+
+def released(name: str) -> Any:
+    """The family's `released` module: `Released`, `is_released`, `files`."""
+    return import_module(f".models.{get(name).package}.released", __package__)
