@@ -1,0 +1,169 @@
+"""Which commit of a hub repository we use, what the hub says its files hash to, and getting exactly those files."""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import manifest
+from .checkpoint.manifest import Progress
+from .errors import CorruptWeightsError, ModelMissingError, OutputError
+
+# Weights and data files only: no code, no unused vision tower, no base weights of the language model.
+WANTED = ["pytorch_model.bin", "*/pytorch_model.bin", "kl16.ckpt", "*/kl16.ckpt", "*tiny_config.json"]
+WANTED += [f"{where}Qwen*/{kind}" for where in ("", "*/") for kind in ("*.json", "*.txt")]
+UNWANTED = ["*siglip*", "*Qwen*/*.bin"]
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A commit that the hub named, and per file its size with `sha256`, or `git` (blob id) for small files."""
+
+    repo: str
+    revision: str  # what was asked for
+    commit: str
+    files: dict[str, dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read(path: Path) -> Pin | None:
+    """The recorded pin; None if there is none, or if it is damaged and has to be asked for again."""
+    try:
+        pin = Pin(**json.loads(path.read_text(encoding="utf-8")))
+        _check(pin)
+    except (OSError, ValueError, TypeError, AttributeError, CorruptWeightsError):
+        return None
+    return pin
+
+
+def write(path: Path, pin: Pin) -> None:
+    manifest.write_file(path, json.dumps(pin.to_json(), indent=1) + "\n")
+
+
+def ask_hub(repo: str, revision: str) -> Pin:
+    """The commit that `revision` is now, with the hub's file hashes. Raises ModelMissingError."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import filter_repo_objects
+
+    try:
+        info = HfApi(endpoint=_endpoint()).model_info(repo, revision=revision, files_metadata=True, timeout=30)
+    except Exception as error:  # the library lets several transport libraries' errors through
+        raise _unreachable(repo, revision, error) from None
+    found = {sibling.rfilename: sibling for sibling in info.siblings or []}
+    files = {}
+    for name in filter_repo_objects(found, allow_patterns=WANTED, ignore_patterns=UNWANTED):
+        entry = found[name]
+        known = {"sha256": entry.lfs.sha256} if entry.lfs else {"git": entry.blob_id}
+        files[name] = {"size": entry.size, **known}
+    pin = Pin(repo, revision, str(info.sha), files)
+    _check(pin)
+    if not any(name.endswith("pytorch_model.bin") for name in files):
+        raise ModelMissingError(f"{repo} at {revision} holds no pytorch_model.bin", "name a repository that does")
+    return pin
+
+
+def find_cached(repo: str, revision: str) -> Pin:
+    """The commit of a snapshot that huggingface_hub downloaded earlier, e.g. with its own command."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, **_patterns()))
+    except Exception as error:
+        raise _unreachable(repo, revision, error) from None
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.rglob("*")):
+        blob = path.resolve().name  # huggingface_hub names large blobs by the sha256 that the hub announced
+        if path.is_file() and _SHA256.fullmatch(blob):
+            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": blob}
+    pin = Pin(repo, revision, folder.name, files)
+    _check(pin)
+    return pin
+
+
+def fetch(pin: Pin, offline: bool, on_progress: Progress | None = None) -> Path:
+    """The snapshot folder of the pinned commit, downloaded if needed (resuming), its files checked against the pin."""
+    from huggingface_hub import snapshot_download
+
+    total = sum(entry["size"] or 0 for entry in pin.files.values())
+    try:
+        folder = snapshot_download(
+            pin.repo,
+            revision=pin.commit,
+            local_files_only=offline,
+            endpoint=_endpoint(),
+            tqdm_class=_progress_bar(total, on_progress),
+            **_patterns(),
+        )
+    except OSError as error:
+        if error.errno is not None and not isinstance(error, ConnectionError) and not hasattr(error, "response"):
+            raise OutputError(f"cannot store {pin.repo} ({error})", "make room, or set HF_HOME") from None
+        raise _unreachable(pin.repo, pin.commit, error) from None
+    except Exception as error:
+        raise _unreachable(pin.repo, pin.commit, error) from None
+    for name, entry in pin.files.items():
+        _check_file(Path(folder) / name, name, entry, pin)
+    return Path(folder)
+
+
+def _check_file(path: Path, name: str, entry: dict[str, Any], pin: Pin) -> None:
+    if not path.is_file():
+        raise ModelMissingError(f"{name} of {pin.repo} is not here", "pull the model again")
+    found = manifest.sha256(path) if "sha256" in entry else _git_blob_id(path)
+    if found != entry.get("sha256", entry.get("git")):
+        path.resolve().unlink(missing_ok=True)  # or the next pull would find the same bytes
+        path.unlink(missing_ok=True)
+        raise CorruptWeightsError(f"{name} of {pin.repo} is not what the hub announced", "it was deleted: pull again")
+
+
+def _git_blob_id(path: Path) -> str:
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def _check(pin: Pin) -> None:
+    """Nothing that came over the network becomes a path before it looks like what it should be."""
+    escaping = [name for name in pin.files if manifest.escapes(name)]
+    if not _COMMIT.fullmatch(pin.commit) or escaping:
+        raise CorruptWeightsError(
+            f"the hub answered {pin.commit[:60]!r} {escaping[:3]} for {pin.repo}", "try again later"
+        )
+
+
+def _endpoint() -> str | None:
+    """HF_ENDPOINT as it is now: the library reads it only once, at its import."""
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def _patterns() -> dict[str, Any]:
+    return {"allow_patterns": WANTED, "ignore_patterns": UNWANTED}
+
+
+def _unreachable(repo: str, revision: str, error: Exception) -> ModelMissingError:
+    why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}" if str(error).strip() else repr(error)
+    return ModelMissingError(f"{repo} at {revision} could not be had ({why})", "check the name and the network")
+
+
+def _progress_bar(total: int, on_progress: Progress | None) -> type:
+    """A silent tqdm class that hands the bytes so far to `on_progress`; the library makes one bar for all files."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self.counts_bytes = options.get("unit") == "B"
+            options.pop("name", None)
+            super().__init__(*args, **{**options, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if self.counts_bytes and on_progress is not None:
+                on_progress("download", min(int(self.n), total), total)
+
+    return Bar

@@ -1,0 +1,139 @@
+"""Loading: every parameter from the file or one error that says all; values must be finite."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from unipic_run.engine import weights
+from unipic_run.engine.checkpoint import manifest
+from unipic_run.engine.errors import CorruptWeightsError, ModelMissingError
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+        self.b = nn.LayerNorm(2)
+        self.register_buffer("count", torch.zeros(2, dtype=torch.int64))
+
+
+GOOD = {
+    "a.weight": torch.arange(6.0).reshape(2, 3),
+    "a.bias": torch.tensor([0.5, -0.5]),
+    "b.weight": torch.ones(2),
+    "b.bias": torch.zeros(2),
+    "count": torch.tensor([3, 4]),
+}
+
+
+def on_meta():
+    with torch.device("meta"):
+        return Small()
+
+
+def folder_of(tmp_path: Path, *shards: dict[str, torch.Tensor]) -> Path:
+    dst = tmp_path / f"made{len([*tmp_path.iterdir()])}"
+    with manifest.publishing(dst, {}) as folder:
+        for i, shard in enumerate(shards):
+            save_file(shard, folder / f"model-{i}.safetensors")
+    return dst
+
+
+def refused(folder, *words, dtype=torch.float32):
+    module = on_meta()
+    with pytest.raises(CorruptWeightsError) as caught:
+        weights.load(module, folder, "cpu", dtype)
+    for word in words:
+        assert word in str(caught.value), caught.value
+    assert all(p.is_meta for p in module.parameters())  # nothing was assigned
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_arrive_in_the_type_asked_for(tmp_path, dtype, stored):
+    tensors = {n: t.to(stored) if t.is_floating_point() else t for n, t in GOOD.items()}
+    names = list(tensors)
+    folder = folder_of(tmp_path, {n: tensors[n] for n in names[:2]}, {n: tensors[n] for n in names[2:]})
+    module, seen = on_meta(), []
+    weights.load(module, folder, "cpu", dtype, lambda what, done, total: seen.append((what, done / total)))
+    for name, tensor in module.state_dict().items():
+        expected = GOOD[name].to(dtype) if GOOD[name].is_floating_point() else GOOD[name]
+        assert tensor.dtype == expected.dtype and torch.equal(tensor, expected), name
+    assert not any(p.requires_grad for p in module.parameters())
+    assert seen[-1] == ("load", 1.0) and len(seen) == len(GOOD)
+
+
+def test_one_error_lists_everything(tmp_path):
+    bad = {n: t for n, t in GOOD.items() if n not in ("a.bias", "b.bias")}
+    bad |= {"extra.weight": torch.zeros(1), "a.weight": torch.zeros(3, 2)}
+    folder = folder_of(tmp_path, bad)
+    refused(
+        folder, "2 missing: a.bias, b.bias", "1 unexpected: extra.weight", "1 misshapen: a.weight [3, 2], not [2, 3]"
+    )
+
+
+def test_a_tensor_in_two_files(tmp_path):
+    refused(folder_of(tmp_path, GOOD, {"b.bias": torch.zeros(2)}), "b.bias is in two files")
+
+
+def test_integers_are_no_floats(tmp_path):
+    refused(folder_of(tmp_path, {**GOOD, "a.bias": torch.zeros(2, dtype=torch.int64)}), "a.bias is torch.int64")
+    refused(folder_of(tmp_path, {**GOOD, "count": torch.zeros(2)}), "count is torch.float32")
+
+
+def test_nan_infinity_and_overflow(tmp_path):
+    for value in (float("nan"), float("inf")):
+        refused(folder_of(tmp_path, {**GOOD, "a.bias": torch.tensor([0.0, value])}), "a.bias holds NaN or Inf", "again")
+    large = folder_of(tmp_path, {**GOOD, "a.bias": torch.tensor([0.0, 1e6])})
+    refused(large, "do not fit torch.float16", dtype=torch.float16)
+    weights.load(on_meta(), large, "cpu", torch.bfloat16)
+
+
+def test_hostile_files(tmp_path):
+    def header(entries: object, data: bytes = bytes(8)) -> bytes:
+        text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+        return len(text).to_bytes(8, "little") + text + data
+
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    whole = folder_of(tmp_path, GOOD)
+    good = (whole / "model-0.safetensors").read_bytes()
+    for i, data in enumerate(
+        [
+            b"",
+            b"\x00" * 4,
+            (2**63).to_bytes(8, "little"),
+            (10**8 + 1).to_bytes(8, "little") + b"{}",
+            header(b"{"),
+            header(b"[]"),
+            header(b"\xff\xfe"),
+            header(b"[" * 50_000),
+            header({"a": {**entry, "data_offsets": [0, 2**60]}}),
+            header({"a": {**entry, "data_offsets": [8, 0]}}),
+            header({"a": {**entry, "shape": [2**62, 2**62]}}),
+            header({"a": {**entry, "shape": [-1]}}),
+            header({"a": {**entry, "dtype": "EVIL"}}),
+            header({"a": entry, "b": entry}),
+            header({"a": {**entry, "data_offsets": [4, 12]}}, bytes(12)),
+            good[:-1],
+            good + b"more",
+            b"PK\x03\x04" + bytes(100),
+            b"\x80\x02}q\x00.",
+        ]
+    ):
+        dst = tmp_path / f"hostile{i}"
+        with manifest.publishing(dst, {}) as folder:
+            (folder / "model.safetensors").write_bytes(data)
+        refused(dst)
+
+
+def test_folders_without_manifest_or_weights(tmp_path):
+    with pytest.raises(ModelMissingError, match=r"manifest\.json"):
+        weights.load(on_meta(), tmp_path, "cpu", torch.float32)
+    with pytest.raises(ModelMissingError, match="no safetensors"):
+        weights.load(on_meta(), folder_of(tmp_path), "cpu", torch.float32)
+    folder = folder_of(tmp_path, GOOD)
+    (folder / "model-0.safetensors").write_bytes(b"short")
+    refused(folder, "has 5 bytes")
