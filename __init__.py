@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .engine.engine import Engine
     from .engine.errors import UnipicError
     from .engine.noise import Tape
+    from .engine.png_metadata import save_png
     from .engine.request import Answer, CancelToken, Event, Result
 
 _PUBLIC = {
@@ -19,8 +20,9 @@ _PUBLIC = {
     "Event": "engine.request",
     "CancelToken": "engine.request",
     "Tape": "engine.noise",
+    "save_png": "engine.png_metadata",
 }
-__all__ = ["Answer", "CancelToken", "Engine", "Event", "Result", "Tape", "UnipicError", "__version__"]
+__all__ = ["Answer", "CancelToken", "Engine", "Event", "Result", "Tape", "UnipicError", "__version__", "save_png"]
 
 
 def __getattr__(name: str) -> object:

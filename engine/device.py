@@ -1,0 +1,81 @@
+"""Where and in which precision a model runs, and what its memory did."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .errors import BudgetError, UnsupportedDeviceError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_LONG_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def as_device(name: str) -> torch.device:
+    """auto takes a CUDA device when there is one. Raises UnsupportedDeviceError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UnsupportedDeviceError(f"device {name!r} is not supported", "use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= found:
+            raise UnsupportedDeviceError(
+                f"device {name!r} is not here: torch {torch.__version__} sees {found} CUDA devices",
+                "use --device cpu, or see `unipic-run doctor`",
+            )
+    return device
+
+
+def as_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto is bfloat16 on CUDA and float32 on the CPU. Raises UnsupportedDeviceError."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    name = _LONG_NAMES.get(name, name)
+    if name not in DTYPES:
+        raise UnsupportedDeviceError(f"dtype {name!r} is unknown", f"choose from auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def reset_memory_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def memory_peak(device: torch.device) -> int | None:
+    """Bytes: the allocator's peak reservation on CUDA, the process's peak resident set on the CPU, None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    if sys.platform == "win32":
+        return None
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def out_of_memory(doing: str) -> Iterator[None]:
+    """Turns an allocator's failure into a BudgetError, raised only after the failed frames have let go."""
+    failure = None
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        failure = str(error).partition("\n")[0]
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        failure = str(error).partition("\n")[0]
+    if failure is not None:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        raise BudgetError(f"out of memory while {doing} ({failure})", "use a smaller size or batch, or --dtype bf16")

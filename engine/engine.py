@@ -1,0 +1,301 @@
+"""The engine as a library user sees it: load once, then generate, edit and ask.
+
+One call at a time: a lock makes threads wait for each other, and a streamed answer holds it until it ends.
+"""
+
+import os
+import secrets
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from types import ModuleType
+from typing import Any, Literal, Unpack, overload
+
+import torch
+from PIL import Image
+from torch import nn
+
+from .. import __version__
+from . import families, hub, weights
+from .checkpoint.manifest import Progress
+from .device import as_device, as_dtype, dtype_name, memory_peak, out_of_memory, reset_memory_peak
+from .errors import UnipicWarning, UsageError
+from .layers.attention import resolve
+from .loaded import Loaded
+from .lock import CallLock
+from .making import jobs_of, make_images
+from .noise import Noise
+from .picture import open_image, open_mask
+from .prepare import Defaults, Finish, edit_task, generate_task
+from .reading import Reader
+from .request import (
+    PATCH,
+    Answer,
+    AskOptions,
+    AskRequest,
+    CancelToken,
+    EditRequest,
+    Event,
+    GenerateRequest,
+    Result,
+    Sampling,
+    SamplingOptions,
+    as_prompts,
+    as_sampling,
+)
+from .run import Clock
+from .task import Task
+from .tokens import Tokens
+
+ImageSource = Image.Image | str | os.PathLike[str]
+
+
+class Engine:
+    """A loaded model. `Engine.from_pretrained` is the usual way to get one; use it as a context manager."""
+
+    def __init__(self, family: ModuleType, model: nn.Module, tokens: Tokens, name: str) -> None:
+        """`model` = family.build(config), filled; its parameters say which device and precision are used."""
+        self.loaded: Loaded | None = Loaded(family, model, tokens)
+        self.name, self.config = name, self.loaded.config
+        self.device, self.dtype = self.loaded.device, self.loaded.dtype
+        self.attention, self.max_image_tokens = family.attention_backend(model), family.max_image_tokens(self.config)
+        self.defaults = Defaults(self.config.rounds, self.config.guidance)
+        self.lock = CallLock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str] = "unipic",
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        attention: str = "auto",
+        revision: str | None = None,
+        offline: bool = False,
+        on_progress: Progress | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> "Engine":
+        """Load a short name, a folder or a hub id.
+
+        device: auto, cpu, cuda, cuda:N. dtype: auto (bfloat16 on CUDA, float32 on the CPU), bf16, fp16, fp32.
+        attention: auto, sdpa, flash-attn, xformers. Raises ModelMissingError, CorruptWeightsError,
+        UnsupportedDeviceError, BudgetError. `on_progress(doing, done, total)` counts bytes, `say` gets a sentence
+        before anything slow.
+        """
+        place = as_device(device)
+        precision = as_dtype(dtype, place)
+        attend = resolve(attention, place, precision)
+        folder = hub.resolve(model, revision=revision, offline=offline, on_progress=on_progress, say=say)
+        row, config = families.read(folder)
+        family = families.model(row.name)
+        with torch.device("meta"):
+            module = family.build(config, attend)
+        with out_of_memory("loading the model"):
+            weights.load(module, folder, place, precision, on_progress=on_progress)
+        tokens = Tokens(folder / "tokenizer.json", family.IMAGE, config.image_token)
+        return cls(family, module.eval().requires_grad_(False), tokens, os.fspath(model))
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free everything. A closed engine refuses work."""
+        with self.lock:
+            self.loaded = None
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        res: int | None = None,
+        size: tuple[int, int] | None = None,
+        seed: int | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        cancel: CancelToken | None = None,
+        noise: Sequence[Noise] | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Result:
+        """Text to image. `res` is the side of a square, `size` (width, height); multiples of 16.
+
+        Other keywords are the fields of `Sampling`: n, steps, guidance, cfg_schedule, temperature, negative,
+        batch_size, preview_every. Without a seed one is drawn and reported. A list of prompts gives
+        prompts x n images, copy i of each with seed + i. `noise` replaces the seeds' randomness, one source an image.
+        """
+        if res is not None and size is not None:
+            raise UsageError("both res and size given", "use res for a square, size for anything else")
+        side = self.config.resolution if res is None else res
+        request = GenerateRequest(as_prompts(prompt), size or (side, side), as_sampling(seed, sampling))
+        task, finish = generate_task(request, self.defaults)
+        self._warn_size(*request.size)
+        return self._images(task, finish, request.prompts, request.sampling, noise, on_event, cancel, {})
+
+    def edit(
+        self,
+        image: ImageSource,
+        prompt: str | Sequence[str],
+        *,
+        mask: ImageSource | None = None,
+        outpaint: tuple[int, int, int, int] | None = None,
+        fit: str | None = None,
+        res: int | None = None,
+        seed: int | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        cancel: CancelToken | None = None,
+        noise: Sequence[Noise] | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Result:
+        """Image and instruction to image; keywords as in `generate`.
+
+        Without a mask the picture keeps its aspect at an area of about res squared (`fit` "keep"), or is
+        cropped to a square (`fit` "crop", the original's way). With `mask` (white = regenerate) or `outpaint`
+        (left, top, right, bottom pixels) the prompt describes the whole picture, the size stays the source's unless
+        `fit` is given, and unmasked pixels stay exactly as they are.
+        """
+        picture = open_image(image)
+        request = EditRequest(
+            image=picture,
+            prompts=as_prompts(prompt),
+            sampling=as_sampling(seed, sampling),
+            res=self.config.resolution if res is None else res,
+            mask=None if mask is None else open_mask(mask, picture.size),
+            outpaint=outpaint,
+            fit=fit,
+        )
+        task, finish = edit_task(request, self.defaults, self.max_image_tokens, self.device, self.dtype)
+        self._warn_size(task.columns * PATCH, task.rows * PATCH)
+        how = {"fit": fit, "outpaint": outpaint and list(outpaint), "masked": mask is not None or None}
+        return self._images(task, finish, request.prompts, request.sampling, noise, on_event, cancel, how)
+
+    @overload
+    def ask(
+        self, image: ImageSource, question: str, *, stream: Literal[True], **how: Unpack[AskOptions]
+    ) -> Iterator[str]: ...
+    @overload
+    def ask(self, image: ImageSource, question: str, **how: Unpack[AskOptions]) -> Answer: ...
+    @overload
+    def ask(self, image: ImageSource, question: Sequence[str], **how: Unpack[AskOptions]) -> list[Answer]: ...
+
+    def ask(
+        self,
+        image: ImageSource,
+        question: str | Sequence[str],
+        *,
+        res: int | None = None,
+        max_new_tokens: int = 1024,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stream: bool = False,
+        cancel: CancelToken | None = None,
+    ) -> Answer | list[Answer] | Iterator[str]:
+        """Image and question to text: an `Answer`, or with `stream` its pieces as they come.
+
+        A list of questions gives a list of answers; the picture is then read only once. Temperature 0 is greedy.
+        """
+        side, picture = self.config.resolution if res is None else res, open_image(image)
+        requests = [
+            AskRequest(text, side, max_new_tokens, temperature, top_p, secrets.randbits(32) if seed is None else seed)
+            for text in as_prompts(question)
+        ]
+        if not requests:
+            raise UsageError("no question given", "ask something")
+        if stream:
+            if len(requests) != 1:
+                raise UsageError(f"{len(requests)} questions cannot be streamed", "stream one question at a time")
+            return self._stream(picture, requests[0], cancel or CancelToken())
+        answers = self._answers(picture, requests, cancel or CancelToken())
+        return answers[0] if isinstance(question, str) else answers
+
+    def _answers(self, picture: Image.Image, requests: Sequence[AskRequest], cancel: CancelToken) -> list[Answer]:
+        with self._working("answering") as loaded:
+            clock, answers = Clock(self.device), []
+            reader = Reader(loaded, picture, requests, clock)
+            for request in requests:
+                ids = tuple(reader.answer(request, cancel))
+                answers.append(
+                    Answer(
+                        text=loaded.tokens.decode(ids),
+                        ids=ids,
+                        settings=self._settings("ask", **asdict(request)),
+                        timings=dict(clock.seconds),
+                        peak_bytes=memory_peak(self.device),
+                        attention=self.attention,
+                    )
+                )
+            return answers
+
+    def _stream(self, picture: Image.Image, request: AskRequest, cancel: CancelToken) -> Iterator[str]:
+        # The lock is taken when reading begins; it goes when the generator ends, is closed, or is collected.
+        with self._working("answering") as loaded:
+            reader = Reader(loaded, picture, [request], Clock(self.device))
+            text = loaded.tokens.stream()
+            for token in reader.answer(request, cancel):
+                yield text.push(token)
+
+    def _images(
+        self,
+        task: Task,
+        finish: Finish,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        noise: Sequence[Noise] | None,
+        on_event: Callable[[Event], None] | None,
+        cancel: CancelToken | None,
+        how: dict[str, Any],
+    ) -> Result:
+        jobs, clock = jobs_of(prompts, sampling, noise), Clock(self.device)
+        with self._working("making images") as loaded:
+            loaded.family.check_prompts(self.config, loaded.tokens, task, prompts)
+            images = make_images(loaded, task, finish, jobs, sampling, clock, cancel or CancelToken(), on_event)
+            sampled = ("steps", "guidance", "cfg_schedule", "temperature", "negative")
+            how |= {name: getattr(task, name) for name in sampled}
+            return Result(
+                images=tuple(images),
+                seeds=tuple(job.seed for job in jobs),
+                settings=tuple(
+                    self._settings(
+                        task.kind, prompt=job.prompt, seed=job.seed, size=f"{image.width}x{image.height}", **how
+                    )
+                    for job, image in zip(jobs, images, strict=True)
+                ),
+                timings=clock.seconds,
+                peak_bytes=memory_peak(self.device),
+                attention=self.attention,
+            )
+
+    @contextmanager
+    def _working(self, doing: str) -> Iterator[Loaded]:
+        """Alone on the engine, counting memory, and failing as a UnipicError when memory runs out."""
+        with self.lock, out_of_memory(doing):
+            if self.loaded is None:
+                raise UsageError("this engine is closed", "load it again with Engine.from_pretrained")
+            reset_memory_peak(self.device)
+            yield self.loaded
+
+    def _settings(self, task: str, **what: Any) -> dict[str, Any]:
+        """What a PNG and `--json` tell about an image or an answer; fields that were not set are left out."""
+        known = {
+            "version": __version__,
+            "task": task,
+            "model": self.name,
+            **what,
+            "dtype": dtype_name(self.dtype),
+            "device": self.device.type,
+            "attention": self.attention,
+        }
+        return {name: value for name, value in known.items() if value is not None}
+
+    def _warn_size(self, width: int, height: int) -> None:
+        side = self.config.resolution
+        if not 0.8 <= width * height / side**2 <= 1.25:
+            warnings.warn(
+                f"{width}x{height} is far from the {side}x{side} this model was trained at: expect poorer pictures",
+                UnipicWarning,
+                stacklevel=3,
+            )

@@ -1,0 +1,110 @@
+"""One batch through a family's three verbs: condition, sample, decode. Knows no files and no memory budget."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .loaded import Loaded
+from .picture import to_images
+from .request import CancelToken, Event
+from .schedules import Rounds, reveal_rounds
+from .task import Batch, Task
+
+
+class Clock:
+    """Seconds per stage, summed over batches; waits for the device where a stage ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class Pacer:
+    """At most two rounds in flight: after round s is enqueued, waits for round s-1.
+
+    So progress, previews and cancelling are true to a round, and the host never runs ahead by a whole image.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.events = device, deque()
+
+    def tick(self) -> None:
+        if self.device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self.events.append(event)
+        if len(self.events) > 1:
+            self.events.popleft().synchronize()
+
+
+@contextmanager
+def true_float32() -> Iterator[None]:
+    """No TF32 inside: float32 means float32. The caller's settings come back afterwards."""
+    scopes = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [scope.fp32_precision for scope in scopes]
+    try:
+        for scope in scopes:
+            scope.fp32_precision = "ieee"
+        yield
+    finally:
+        for scope, precision in zip(scopes, before, strict=True):
+            scope.fp32_precision = precision
+
+
+def plan_rounds(task: Task, batch: Batch) -> Rounds:
+    """Every image's reveal order, drawn before the loop. `task.cells` restricts it to part of the grid."""
+    if task.cells is None:
+        orders = torch.stack([noise.order(task.rows * task.columns) for noise in batch.noises])
+    else:
+        places = task.cells.flatten().nonzero()[:, 0]
+        orders = torch.stack([places[noise.order(len(places))] for noise in batch.noises])
+    return reveal_rounds(orders, task.rows, task.columns, task.steps)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What the caller hears and may say while a batch runs."""
+
+    observe: Callable[[Event], None]
+    cancel: CancelToken
+    preview_every: int  # rounds between previews, 0 for none
+
+
+@torch.inference_mode()
+@true_float32()
+def run_batch(loaded: Loaded, task: Task, batch: Batch, reuse: Any, clock: Clock, watch: Watch) -> tuple[Tensor, Any]:
+    """Pixels (B, H, W, 3) uint8 on the device, and the conditions, which the next batch of the task may reuse."""
+    family, model = loaded.family, loaded.model
+    watch.cancel.check()
+    with clock.stage("condition"):
+        conditions = family.condition(model, loaded.tokens, task, batch, reuse)
+    watch.observe(Event("condition"))
+    rounds = plan_rounds(task, batch).to(clock.device)
+    pacer, total = Pacer(clock.device), len(rounds.rounds)
+    with clock.stage("sample"):
+        for done, latents in enumerate(family.sample(model, conditions, task, batch, rounds), 1):
+            pacer.tick()
+            shown = watch.preview_every and done % watch.preview_every == 0 and done < total
+            previews = to_images(family.decode(model, latents, task.rows, task.columns)) if shown else ()
+            watch.observe(Event("sample", done, total, previews=tuple(previews)))
+            watch.cancel.check()
+    with clock.stage("decode"):
+        pixels = family.decode(model, latents, task.rows, task.columns)
+    watch.observe(Event("decode"))
+    return pixels, conditions

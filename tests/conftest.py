@@ -1,0 +1,61 @@
+"""What every test may rely on: the installed package, no network, a reason for each skipped GPU test."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from unipic_run import Engine
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "tests" / "data"
+
+# The root holds our `kernels/`, which would shadow Hugging Face's package of that name when transformers looks for it.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before any test module
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """The compact copy of the recorded UniPic 1.0 reference runs: `cases/` and `checkpoint/`."""
+    return DATA / "goldens" / "unipic1"
+
+
+@pytest.fixture(scope="session")
+def tiny_release() -> Path:
+    """A checkpoint with random weights in the layout of the released one."""
+    return DATA / "unipic-tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Engine"]:
+    """The random-weight model, loaded once in float32 on the CPU."""
+    from unipic_run import Engine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNIPIC_RUN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        engine = Engine.from_pretrained(tiny_release, device="cpu")
+    with engine:
+        yield engine

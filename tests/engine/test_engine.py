@@ -1,0 +1,309 @@
+"""The engine's promises to a library user, on a random-weight model: seeds, masks, streams, locks, cancelling."""
+
+import threading
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from unipic_run import CancelToken, Engine, Event
+from unipic_run.engine import run
+from unipic_run.engine.errors import Cancelled, CorruptWeightsError, UnipicWarning, UnsupportedDeviceError, UsageError
+
+QUICK = {"res": 64, "steps": 3}
+pytestmark = pytest.mark.filterwarnings("ignore::unipic_run.engine.errors.UnipicWarning")
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 256, (8, 10, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((90, 70), Image.Resampling.BICUBIC)
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    error = np.square(pixels(a) - pixels(b)).mean()
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def test_image_i_is_the_single_run_with_seed_plus_i(tiny_engine: Engine) -> None:
+    three = tiny_engine.generate("a red fox", n=3, seed=2**64 - 2, **QUICK)
+    assert three.seeds == (2**64 - 2, 2**64 - 1, 0)
+    for seed, image in zip(three.seeds, three.images, strict=True):
+        alone = tiny_engine.generate(["a red fox"], seed=seed, **QUICK).images[0]
+        assert alone.tobytes() == image.tobytes()
+    assert three.images[0].tobytes() != three.images[1].tobytes()
+
+
+def test_a_prompt_does_not_depend_on_its_neighbours(tiny_engine: Engine) -> None:
+    together = tiny_engine.generate(["a cat", "a much longer prompt about dogs"], seed=5, n=2, **QUICK)
+    assert together.seeds == (5, 6, 5, 6)
+    alone = tiny_engine.generate("a much longer prompt about dogs", seed=5, n=2, **QUICK)
+    assert [i.tobytes() for i in together.images[2:]] == [i.tobytes() for i in alone.images]
+
+
+def test_batches_agree_with_single_images(tiny_engine: Engine) -> None:
+    prompts = ["a cat", "a much longer prompt about dogs", "three birds"]
+    singles = tiny_engine.generate(prompts, seed=5, batch_size=1, **QUICK)
+    batch = tiny_engine.generate(prompts, seed=5, batch_size=3, **QUICK)
+    assert all(psnr(a, b) >= 40 for a, b in zip(singles.images, batch.images, strict=True))
+
+
+def test_options_change_the_picture(tiny_engine: Engine) -> None:
+    def picture(**options: object) -> bytes:
+        return tiny_engine.generate("a cat", seed=1, **{**QUICK, **options}).images[0].tobytes()
+
+    variants = [{}, {"guidance": 1.0}, {"cfg_schedule": "linear"}, {"temperature": 0.5}, {"negative": "blur"}]
+    assert len({picture(**options) for options in [*variants, {"steps": 5}]}) == 6
+
+
+def test_sizes_that_are_not_square(tiny_engine: Engine) -> None:
+    result = tiny_engine.generate("a cat", size=(96, 48), steps=2, seed=1)
+    assert result.images[0].size == (96, 48) and result.settings[0]["size"] == "96x48"
+    assert set(result.timings) == {"condition", "sample", "decode"} and result.attention == "sdpa"
+
+
+def test_more_rounds_than_tokens(tiny_engine: Engine) -> None:
+    assert tiny_engine.generate("a cat", size=(16, 32), steps=50, seed=1).images[0].size == (16, 32)
+
+
+def test_events_count_rounds_and_show_previews(tiny_engine: Engine) -> None:
+    events: list[Event] = []
+    tiny_engine.generate("a cat", n=2, seed=1, res=64, steps=4, preview_every=2, on_event=events.append)
+    rounds = [(e.done, e.round, len(e.previews)) for e in events if e.stage == "sample"]
+    assert rounds == [(i, r, int(r == 2)) for i in range(2) for r in (1, 2, 3, 4)]
+    assert next(e.previews[0].size for e in events if e.previews) == (64, 64)
+
+
+def test_previews_do_not_change_the_result(tiny_engine: Engine) -> None:
+    plain = tiny_engine.generate("a cat", seed=1, **QUICK).images[0]
+    watched = tiny_engine.generate("a cat", seed=1, preview_every=1, **QUICK).images[0]
+    assert plain.tobytes() == watched.tobytes()
+
+
+def test_masked_edit_keeps_size_and_unmasked_pixels(tiny_engine: Engine, photo: Image.Image) -> None:
+    mask = Image.new("L", photo.size)
+    mask.paste(255, (20, 10, 41, 35))
+    image = tiny_engine.edit(photo, "a hat", mask=mask, steps=3, seed=1).images[0]
+    kept = np.asarray(mask) == 0
+    assert image.size == photo.size
+    assert (pixels(image)[kept] == pixels(photo)[kept]).all()
+    assert (pixels(image)[~kept] != pixels(photo)[~kept]).any()
+
+
+def test_masked_edit_sees_the_surroundings(tiny_engine: Engine, photo: Image.Image) -> None:
+    """The hole's new content depends on the visible cells around it."""
+    mask = Image.new("L", photo.size)
+    mask.paste(255, (32, 16, 48, 32))
+    hole = (32, 16, 48, 32)
+    one = tiny_engine.edit(photo, "a hat", mask=mask, steps=3, seed=1).images[0].crop(hole)
+    other = tiny_engine.edit(photo.rotate(180), "a hat", mask=mask, steps=3, seed=1).images[0].crop(hole)
+    assert one.tobytes() != other.tobytes()
+
+
+def test_outpainting_adds_pixels_around_the_picture(tiny_engine: Engine, photo: Image.Image) -> None:
+    image = tiny_engine.edit(photo, "wider", outpaint=(20, 0, 33, 5), steps=3, seed=1).images[0]
+    assert image.size == (90 + 53, 70 + 5)
+    assert image.crop((20, 0, 110, 70)).tobytes() == photo.tobytes()
+
+
+def test_a_picture_too_large_to_fill_is_refused_unless_fitted(tiny_engine: Engine) -> None:
+    big = Image.new("RGB", (4096, 2560))
+    mask = Image.new("L", big.size, 255)
+    with pytest.raises(UsageError, match=r"4096x2560, 40960 tokens of at most .*fit keep"):
+        tiny_engine.edit(big, "x", mask=mask, steps=1)
+    assert tiny_engine.edit(big, "x", mask=mask, fit="keep", res=64, steps=1).images[0].size == (80, 48)
+
+
+@pytest.mark.parametrize(("fit", "size"), [(None, (80, 64)), ("keep", (80, 64)), ("crop", (64, 64))])
+def test_edit_sizes(tiny_engine: Engine, photo: Image.Image, fit: str | None, size: tuple[int, int]) -> None:
+    assert tiny_engine.edit(photo, "make it night", fit=fit, res=64, steps=2).images[0].size == size
+
+
+def test_several_instructions_read_the_picture_once(tiny_engine: Engine, photo: Image.Image) -> None:
+    looks = []
+    hook = tiny_engine.loaded.model.vae_encoder.register_forward_hook(lambda *_: looks.append(1))
+    both = tiny_engine.edit(photo, ["make it night", "add snow"], res=64, steps=2, seed=1)
+    hook.remove()
+    alone = tiny_engine.edit(photo, "add snow", res=64, steps=2, seed=1)
+    assert len(looks) == 1 and both.images[1].tobytes() == alone.images[0].tobytes()
+
+
+def test_streamed_answer_is_the_answer(tiny_engine: Engine, photo: Image.Image) -> None:
+    answer = tiny_engine.ask(photo, "what is this?", res=64, max_new_tokens=12)
+    pieces = list(tiny_engine.ask(photo, "what is this?", res=64, max_new_tokens=12, stream=True))
+    assert len(answer.ids) <= 12 and len(pieces) == len(answer.ids)
+    assert answer.text.startswith("".join(pieces))
+
+
+def test_questions_about_one_picture_do_not_influence_each_other(tiny_engine: Engine, photo: Image.Image) -> None:
+    options = {"res": 64, "max_new_tokens": 8}
+    both = tiny_engine.ask(photo, ["what is this?", "how many colours are there?"], **options)
+    assert both[1].ids == tiny_engine.ask(photo, "how many colours are there?", **options).ids
+
+
+def test_sampled_answers_follow_their_seed(tiny_engine: Engine, photo: Image.Image) -> None:
+    options = {"res": 64, "max_new_tokens": 8, "temperature": 1.0, "top_p": 0.9}
+    first, again, other = (tiny_engine.ask(photo, "what?", seed=seed, **options).ids for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_abandoned_stream_releases_the_engine(tiny_engine: Engine, photo: Image.Image) -> None:
+    for _ in tiny_engine.ask(photo, "what is this?", res=64, stream=True):
+        break
+    assert tiny_engine.generate("a cat", **QUICK).images
+
+
+def test_a_call_inside_a_stream_is_refused_instead_of_hanging(tiny_engine: Engine, photo: Image.Image) -> None:
+    stream = tiny_engine.ask(photo, "what is this?", res=64, stream=True)
+    next(stream)
+    with pytest.raises(UsageError, match="busy with a call of the same thread"):
+        tiny_engine.generate("a cat", **QUICK)
+    stream.close()
+    assert tiny_engine.generate("a cat", **QUICK).images
+
+
+def test_threads_take_turns(tiny_engine: Engine) -> None:
+    log: list[int] = []
+
+    def work(number: int) -> None:
+        tiny_engine.generate("a cat", on_event=lambda event: log.append(number), **QUICK)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    changes = sum(a != b for a, b in pairwise(log))
+    assert changes == 2 and len(log) == 3 * 5
+
+
+def test_cancel_stops_within_a_round_and_leaves_the_engine_usable(tiny_engine: Engine) -> None:
+    token, rounds = CancelToken(), []
+
+    def stop(event: Event) -> None:
+        rounds.append(event.round)
+        if event.round == 2:
+            token.cancel()
+
+    before = tiny_engine.generate("a cat", seed=1, **QUICK).images[0]
+    with pytest.raises(Cancelled):
+        tiny_engine.generate("a cat", res=64, steps=9, on_event=stop, cancel=token)
+    assert max(rounds) == 2
+    assert tiny_engine.generate("a cat", seed=1, **QUICK).images[0].tobytes() == before.tobytes()
+
+
+def test_cancel_stops_an_answer(tiny_engine: Engine, photo: Image.Image) -> None:
+    token = CancelToken()
+    with pytest.raises(Cancelled):
+        for _ in tiny_engine.ask(photo, "what?", res=64, stream=True, cancel=token):
+            token.cancel()
+
+
+def test_an_error_in_a_callback_leaves_the_engine_usable(tiny_engine: Engine) -> None:
+    def broken(event: Event) -> None:
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        tiny_engine.generate("a cat", on_event=broken, **QUICK)
+    assert tiny_engine.generate("a cat", **QUICK).images
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda e: e.generate("a cat <image>"),
+        lambda e: e.generate("a cat", res=64, size=(64, 64)),
+        lambda e: e.generate("a cat", noise=[]),
+        lambda e: e.generate("a cat", negative="<image>"),
+        lambda e: e.generate("a " * 50_000, res=64),
+        lambda e: e.generate("a cat", size=(4096, 4096)),
+        lambda e: e.ask(Image.new("RGB", (9, 9)), "what?", res=64, max_new_tokens=99_999),
+        lambda e: e.ask(Image.new("RGB", (9, 9)), ["a", "b"], stream=True),
+        lambda e: e.edit(Image.new("RGB", (9, 9)), "x", fit="stretch"),
+    ],
+)
+def test_bad_calls_are_usage_errors(tiny_engine: Engine, call: Callable[[Engine], object]) -> None:
+    with pytest.raises(UsageError):
+        call(tiny_engine)
+
+
+def test_sizes_off_the_trained_one_are_noted(tiny_engine: Engine) -> None:
+    with pytest.warns(UnipicWarning, match="64x64 is far from the 128x128"):
+        tiny_engine.generate("a cat", **QUICK)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny_engine.generate("a cat", steps=1)
+
+
+def test_closed_engine_says_so(tiny_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNIPIC_RUN_CACHE", str(tmp_path))
+    with Engine.from_pretrained(tiny_release, device="cpu", dtype="bf16") as engine:
+        assert engine.dtype == torch.bfloat16
+        assert engine.generate("a cat", **QUICK).images[0].size == (64, 64)
+    with pytest.raises(UsageError, match="closed"):
+        engine.generate("a cat")
+
+
+@pytest.mark.parametrize(
+    "options", [{"device": "tpu"}, {"device": "cuda:99"}, {"dtype": "int3"}, {"attention": "xformers"}]
+)
+def test_unsupported_places(tiny_release: Path, options: dict[str, str]) -> None:
+    with pytest.raises(UnsupportedDeviceError):
+        Engine.from_pretrained(tiny_release, **{"device": "cpu", **options})
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    tiny_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unipic_run.engine.tokens import Tokens
+
+    path = tiny_release / "Qwen2.5-1.5B-Instruct" / "tokenizer.json"
+    with pytest.raises(CorruptWeightsError, match="the model expects 7"):
+        Tokens(path, "<image>", 7)
+    with pytest.raises(CorruptWeightsError, match="cannot read"):
+        Tokens(tmp_path / "none.json", "<image>", 7)
+
+
+def test_float32_scope_restores_the_callers_settings() -> None:
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        with run.true_float32():
+            assert matmul.fp32_precision == "ieee" and torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_modules_are_trainable(tiny_engine: Engine) -> None:
+    """A small model can be trained on the engine's own modules: gradients reach every part of the sampling path."""
+    model = tiny_engine.loaded.model
+    names = ("mar_encoder", "mar_decoder", "head", "llm", "proj_in", "proj_out")
+    parts = [getattr(model, name).requires_grad_(True) for name in names]
+    try:
+        visible, hidden = torch.tensor([[0, 3]]), torch.tensor([[1, 2]])
+        x = model.mar_encoder(torch.randn(1, 4, 16), visible, model.mar_encoder.positions(2, 2))
+        read = model.llm(model.proj_in(x), torch.arange(x.shape[1])[None], [(empty_cache(model), 1)])
+        x = x + model.proj_out(read)
+        z = model.mar_decoder(x, visible, hidden, model.mar_decoder.base(None), *model.mar_decoder.positions(2, 2))
+        out = model.head(torch.randn(2, 16), model.head.embed_steps([]).new_zeros(64), model.head.cond_embed(z[0]))
+        out.square().sum().backward()
+        without = {name for part in parts for name, p in part.named_parameters() if p.grad is None}
+        assert all(name.startswith("time_embed") for name in without), without
+    finally:
+        for part in parts:
+            part.requires_grad_(False).zero_grad()
+
+
+def empty_cache(model: torch.nn.Module) -> object:
+    from unipic_run.engine.models.unipic.model import new_cache
+
+    return new_cache(model, 0, model.embed.weight)
