@@ -24,7 +24,7 @@ from .errors import UnipicWarning, UsageError
 from .layers.attention import resolve
 from .loaded import Loaded
 from .lock import CallLock
-from .making import jobs_of, make_images
+from .making import Job, jobs_of, make_images
 from .noise import Noise
 from .picture import open_image, open_mask
 from .prepare import Defaults, Finish, edit_task, generate_task
@@ -48,7 +48,7 @@ from .run import Clock
 from .task import Task
 from .tokens import Tokens
 
-ImageSource = Image.Image | str | os.PathLike[str]
+ImageSource = Image.Image | str | os.PathLike[str] | bytes  # bytes: an encoded file
 
 
 class Engine:
@@ -237,6 +237,7 @@ class Engine:
             text = loaded.tokens.stream()
             for token in reader.answer(request, cancel):
                 yield text.push(token)
+            yield text.rest()
 
     def _images(
         self,
@@ -250,20 +251,22 @@ class Engine:
         how: dict[str, Any],
     ) -> Result:
         jobs, clock = jobs_of(prompts, sampling, noise), Clock(self.device)
+        sampled = ("steps", "guidance", "cfg_schedule", "temperature", "negative")
+        how = {name: getattr(task, name) for name in sampled} | how
+
+        def describe(job: Job, image: Image.Image) -> dict[str, Any]:
+            size = f"{image.width}x{image.height}"
+            return self._settings(task.kind, prompt=job.prompt, seed=job.seed, size=size, **how)
+
         with self._working("making images") as loaded:
             loaded.family.check_prompts(self.config, loaded.tokens, task, prompts)
-            images = make_images(loaded, task, finish, jobs, sampling, clock, cancel or CancelToken(), on_event)
-            sampled = ("steps", "guidance", "cfg_schedule", "temperature", "negative")
-            how |= {name: getattr(task, name) for name in sampled}
+            images = make_images(
+                loaded, task, finish, jobs, describe, sampling, clock, cancel or CancelToken(), on_event
+            )
             return Result(
                 images=tuple(images),
                 seeds=tuple(job.seed for job in jobs),
-                settings=tuple(
-                    self._settings(
-                        task.kind, prompt=job.prompt, seed=job.seed, size=f"{image.width}x{image.height}", **how
-                    )
-                    for job, image in zip(jobs, images, strict=True)
-                ),
+                settings=tuple(describe(job, image) for job, image in zip(jobs, images, strict=True)),
                 timings=clock.seconds,
                 peak_bytes=memory_peak(self.device),
                 attention=self.attention,

@@ -31,7 +31,8 @@ FAMILIES = {
         licence="MIT, says the authors' code repository; the language model inside is Qwen2.5-1.5B (Apache-2.0). "
         "The model page has the last word",
         card="https://huggingface.co/Skywork/Skywork-UniPic-1.5B",
-        note="never run by us: checked against recorded runs of the original code with small random weights",
+        note="the released weights were never run by us: the arithmetic is checked against recorded runs of the "
+        "original code with small random weights",
     ),
 }
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from PIL import Image
 
@@ -26,6 +28,9 @@ class Job:
     noise: Noise
 
 
+Describe = Callable[[Job, Image.Image], dict[str, Any]]  # the settings of a job's picture
+
+
 def jobs_of(prompts: Sequence[str], sampling: Sampling, noises: Sequence[Noise] | None) -> list[Job]:
     """n copies of each prompt; copy i of every prompt takes seed + i, so it does not matter what else is asked for."""
     asked = [(prompt, (sampling.seed + copy) & MAX_SEED) for prompt in prompts for copy in range(sampling.n)]
@@ -41,6 +46,7 @@ def make_images(
     task: Task,
     finish: Finish,
     jobs: Sequence[Job],
+    describe: Describe,
     sampling: Sampling,
     clock: Clock,
     cancel: CancelToken,
@@ -50,15 +56,29 @@ def make_images(
     at_once = sampling.batch_size or (GPU_BATCH if clock.device.type == "cuda" else 1)
     images, reuse = [], None
     for first in range(0, len(jobs), at_once):
-
-        def observe(event: Event, done: int = first) -> None:
-            if on_event:
-                previews = tuple(finish(image) for image in event.previews)
-                on_event(replace(event, done=done, total=len(jobs), previews=previews))
-
         part = jobs[first : first + at_once]
+        observe = partial(_tell, on_event, finish, describe, part, first, len(jobs))
         batch = Batch([job.prompt for job in part], [job.noise for job in part])
-        watch = Watch(observe, cancel, sampling.preview_every)
-        pixels, reuse = run_batch(loaded, task, batch, reuse, clock, watch)
-        images += [finish(image) for image in to_images(pixels)]
+        pixels, reuse = run_batch(loaded, task, batch, reuse, clock, Watch(observe, cancel, sampling.preview_every))
+        done = to_images(pixels)
+        observe(Event("decode", images=tuple(done)))
+        images += [finish(image) for image in done]
     return images
+
+
+def _tell(
+    on_event: Callable[[Event], None] | None,
+    finish: Finish,
+    describe: Describe,
+    part: Sequence[Job],
+    done: int,
+    total: int,
+    event: Event,
+) -> None:
+    """Hand an event of one batch to the caller, its pictures finished and described."""
+    if on_event is None:
+        return
+    previews = tuple(finish(image) for image in event.previews)
+    images = tuple(finish(image) for image in event.images)
+    settings = tuple(describe(job, image) for job, image in zip(part, previews or images, strict=False))
+    on_event(replace(event, done=done, total=total, previews=previews, images=images, settings=settings))

@@ -158,7 +158,11 @@ class AskOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Event:
-    """A finished stage, or one finished round of stage "sample". `done` of `total` images preceded this batch."""
+    """A finished stage, or one finished round of stage "sample". `done` of `total` images preceded this batch.
+
+    Stage "decode" brings the batch's finished `images`, which may be saved at once; `settings` belong to whichever of
+    `previews` and `images` there are.
+    """
 
     stage: str
     round: int = 0
@@ -166,6 +170,8 @@ class Event:
     done: int = 0
     total: int = 1
     previews: tuple["Image.Image", ...] = ()
+    images: tuple["Image.Image", ...] = ()
+    settings: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -247,6 +253,10 @@ def _text(name: str, value: object) -> None:
         raise UsageError(f"{name} is {type(value).__name__}, not text", "pass a string")
     if not value.strip():
         raise UsageError(f"the {name} is empty", "write what you want")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"the {name} is not valid Unicode", "retype it") from None
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:

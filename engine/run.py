@@ -106,5 +106,4 @@ def run_batch(loaded: Loaded, task: Task, batch: Batch, reuse: Any, clock: Clock
             watch.cancel.check()
     with clock.stage("decode"):
         pixels = family.decode(model, latents, task.rows, task.columns)
-    watch.observe(Event("decode"))
     return pixels, conditions

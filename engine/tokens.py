@@ -40,6 +40,15 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.stream = tokenizer, DecodeStream(skip_special_tokens=True)
+        self.ids: list[int] = []
+        self.sent = 0  # characters
 
     def push(self, token: int) -> str:
-        return self.stream.step(self.tokenizer, token) or ""
+        self.ids.append(token)
+        piece = self.stream.step(self.tokenizer, token) or ""
+        self.sent += len(piece)
+        return piece
+
+    def rest(self) -> str:
+        """What is still held back when no more tokens come: bytes that never became a whole character."""
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True)[self.sent :]

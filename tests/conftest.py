@@ -18,6 +18,7 @@ DATA = ROOT / "tests" / "data"
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before any test module
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on busy cores two threads make the tiny model 20 times slower
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -139,8 +139,8 @@ def test_several_instructions_read_the_picture_once(tiny_engine: Engine, photo: 
 def test_streamed_answer_is_the_answer(tiny_engine: Engine, photo: Image.Image) -> None:
     answer = tiny_engine.ask(photo, "what is this?", res=64, max_new_tokens=12)
     pieces = list(tiny_engine.ask(photo, "what is this?", res=64, max_new_tokens=12, stream=True))
-    assert len(answer.ids) <= 12 and len(pieces) == len(answer.ids)
-    assert answer.text.startswith("".join(pieces))
+    assert len(answer.ids) <= 12 and len(pieces) > 3
+    assert "".join(pieces) == answer.text, "with the bytes that never became a character"
 
 
 def test_questions_about_one_picture_do_not_influence_each_other(tiny_engine: Engine, photo: Image.Image) -> None:

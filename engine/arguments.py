@@ -1,0 +1,137 @@
+"""The command line's own words turned into values: prompts from a file or stdin, sizes, the settings a PNG repeats."""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from .errors import UsageError
+from .request import Sampling, as_sampling
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_TEXT = 16 * 2**20  # bytes of a prompt file
+REPEATED = ("prompt", "seed", "steps", "guidance", "cfg_schedule", "temperature", "negative", "model", "dtype")
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were set."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def read_prompts(words: str | Sequence[str] | None, file: str | None = None, instead: str | None = None) -> list[str]:
+    """The prompts of the command line, or of the lines of `file`; `-` is stdin in both places. Else `instead`.
+
+    Raises UsageError when both are given or none is, or when a file holds no text.
+    """
+    words = [] if words is None else [words] if isinstance(words, str) else list(words)
+    if words and file is not None:
+        raise UsageError("both a prompt and --prompt-file given", "use one of them")
+    if "-" in words and len(words) > 1:
+        raise UsageError("- among other texts", "give - alone: it reads one text a line from stdin")
+    source = "-" if "-" in words else file
+    if source is None and not words and instead is None:
+        raise UsageError("no prompt given", "write one in quotes, or give --prompt-file, or - for stdin")
+    if source is None:
+        return words or [instead]
+    lines = [line.strip() for line in _text(source).splitlines()]
+    if not any(lines):
+        raise UsageError(f"{'stdin' if source == '-' else source} holds no prompt", "write one a line")
+    return list(filter(None, lines))
+
+
+def read_picture(source: str) -> "Image":
+    """An RGB picture from a path, or from stdin for `-`. Raises ImageError, UsageError."""
+    from .image_file import MAX_FILE_BYTES
+    from .picture import open_image
+
+    if source != "-":
+        return open_image(source)
+    if sys.stdin.isatty():
+        raise UsageError("stdin is a terminal, not a picture", "pipe a file into it, or name the file")
+    return open_image(sys.stdin.buffer.read(MAX_FILE_BYTES + 1))
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`WxH` in pixels."""
+    found = re.fullmatch(r"(\d{1,9})[xX×](\d{1,9})", text.strip(), re.ASCII)
+    if not found:
+        raise UsageError(f"size {text[:100]!r} is not WIDTHxHEIGHT", "write for example 1024x768")
+    return int(found[1]), int(found[2])
+
+
+def wanted_size(res: int | None, size: str | None) -> tuple[int, int] | None:
+    """--res or --size as (width, height); None if neither is given."""
+    if res is not None and size is not None:
+        raise UsageError("both --res and --size given", "use --res for a square, --size for anything else")
+    return (res, res) if res is not None else None if size is None else parse_size(size)
+
+
+def parse_outpaint(text: str) -> tuple[int, int, int, int]:
+    """`L,T,R,B` in pixels."""
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9}){3}", text.strip(), re.ASCII):
+        raise UsageError(f"outpaint {text[:100]!r} is not four numbers", "write left,top,right,bottom: 0,0,128,0")
+    left, top, right, bottom = map(int, text.split(","))
+    return left, top, right, bottom
+
+
+def repeated_settings(png: str, other_model: bool) -> dict[str, Any]:
+    """What `gen --from` takes over from a picture: REPEATED, and `size` as (width, height).
+
+    A picture may name a model that is here or well known; it must not start the download of anything else, so that
+    needs `other_model`, one named on the line. Raises ImageError for pictures without our settings, UsageError for
+    those that text alone does not make again.
+    """
+    from .families import FAMILIES
+    from .png_metadata import read_settings
+
+    found = read_settings(png)
+    if found.get("task") != "generate":
+        task = str(found.get("task"))[:40]
+        raise UsageError(f"{png} was made by {task!r}, not from text alone", "--from repeats pictures of `gen`")
+    settings = {name: found[name] for name in REPEATED if found.get(name) is not None}
+    for name in ("prompt", "model", "dtype"):
+        if not isinstance(settings.get(name, ""), str):
+            raise UsageError(f"{png} carries a {name} that is no text", "give the options by hand")
+    model = settings.get("model", "unipic")
+    if not (other_model or model in FAMILIES or Path(model).expanduser().is_dir()):
+        raise UsageError(f"{png} was made with the model {model[:200]!r}, which is no folder here", "give --model")
+    if "size" in found:
+        settings["size"] = parse_size(str(found["size"]))
+    return settings
+
+
+def sampling(asked: dict[str, Any], **more: Any) -> Sampling:
+    names = ("steps", "guidance", "cfg_schedule", "temperature", "negative")
+    return as_sampling(asked.get("seed"), {name: asked[name] for name in names if name in asked} | more)
+
+
+def loading(asked: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The keywords of Engine.from_pretrained."""
+    return {name: asked[name] for name in ("model", "dtype") if name in asked} | more
+
+
+def _text(source: str) -> str:
+    """UTF-8 text of a file or stdin."""
+    try:
+        if source == "-":
+            data = _bytes(sys.stdin.buffer)
+        else:
+            with Path(source).open("rb") as file:
+                data = _bytes(file)
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{source} is not UTF-8 text ({error.reason})", "save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{source} cannot be read ({error})", "check its path and permissions") from None
+
+
+def _bytes(file: BinaryIO) -> bytes:
+    data = file.read(MAX_TEXT + 1)
+    if len(data) > MAX_TEXT:
+        raise UsageError(f"more than {MAX_TEXT // 2**20} MiB of prompts", "split them")
+    return data

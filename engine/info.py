@@ -1,0 +1,111 @@
+"""What `info` and `verify` tell: the settings a PNG carries, what a checkpoint folder holds, what a name means here."""
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from . import families, hub
+from .checkpoint import manifest
+from .errors import CorruptWeightsError, ModelMissingError
+from .families import Family
+
+
+def info(what: str) -> dict[str, Any]:
+    """Of a PNG, a checkpoint folder, or a model's name. Raises UnipicError."""
+    path = Path(what).expanduser()
+    if what not in families.FAMILIES and path.is_dir():
+        return checkpoint_info(path)
+    if what not in families.FAMILIES and (path.exists() or what.count("/") != 1):
+        return picture_info(path)
+    try:
+        return checkpoint_info(on_disk(what)[-1])
+    except ModelMissingError:
+        if what not in families.FAMILIES:
+            return picture_info(path)  # whose message is that there is no such file
+    family = families.FAMILIES[what]
+    known = {"family": family.name, "layout": "not on this machine", "hub": family.hub, "licence": family.licence}
+    return known | {"card": family.card, "note": family.note}
+
+
+def picture_info(path: Path) -> dict[str, Any]:
+    """The settings of a PNG that we wrote. Raises ImageError."""
+    from .png_metadata import read_settings
+
+    return {"path": str(path), "settings": read_settings(path)}
+
+
+def checkpoint_info(folder: Path) -> dict[str, Any]:
+    """A converted or a released folder; reads names, shapes and types, no weights.
+
+    Raises ModelMissingError, CorruptWeightsError.
+    """
+    from .checkpoint.convert import is_converted
+
+    if is_converted(folder):
+        source = hub.describe(folder).source
+        family, config = families.read(folder)
+        sizes, types = _stored(folder)
+        nbytes = sum(entry["size"] for entry in manifest.read(folder)["files"].values())
+        return _described(folder, "converted", family, config, sizes, types, nbytes) | {"source": source}
+    name = next((name for name in families.FAMILIES if families.released(name).is_released(folder)), None)
+    if name is None:
+        raise ModelMissingError(f"{folder} holds neither a converted nor a released checkpoint", hub.works_now())
+    with families.released(name).Released(folder) as found:
+        sizes = [math.prod(tensor.shape) for tensor in found.tensors.values()]
+        types = [str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values()]
+        nbytes = sum(path.stat().st_size for path in families.released(name).files(folder))
+        return _described(folder, "released", families.get(name), found.config, sizes, types, nbytes)
+
+
+def on_disk(model: str) -> list[Path]:
+    """The converted folders here that a folder, a short name or a hub id stands for; nothing is fetched or made.
+
+    Raises ModelMissingError if there is none.
+    """
+    folder = Path(model).expanduser()
+    if model not in families.FAMILIES and folder.is_dir():
+        return [folder]
+    repo = families.FAMILIES[model].hub if model in families.FAMILIES else model
+    rows = hub.list_models()
+    found = [row.path for row in rows if row.path and model == row.name]
+    found += [row.path for row in rows if row.path and row.name.startswith(repo.replace("/", "--") + "@")]
+    if not found:
+        raise ModelMissingError(f"{model} is not on this machine", f"`unipic-run pull {model}`; {hub.works_now()}")
+    return found
+
+
+def _described(
+    folder: Path, layout: str, family: Family, config: Any, sizes: list[int], types: list[str], nbytes: int
+) -> dict[str, Any]:
+    return {
+        "path": str(folder),
+        "family": family.name,
+        "layout": layout,
+        "parameters": sum(sizes),
+        "tensors": dict(Counter(types)),
+        "bytes": nbytes,
+        "resolution": config.resolution,
+        "steps": config.rounds,
+        "guidance": config.guidance,
+        "licence": family.licence,
+        "card": family.card,
+        "note": family.note,
+    }
+
+
+def _stored(folder: Path) -> tuple[list[int], list[str]]:
+    """Elements and type of every tensor in our safetensors, from the headers."""
+    from safetensors import SafetensorError, safe_open
+
+    sizes, types = [], []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    tensor = file.get_slice(name)
+                    sizes.append(math.prod(tensor.get_shape()))
+                    types.append(tensor.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise CorruptWeightsError(f"{path} is damaged ({error})", "convert or pull the model again") from None
+    return sizes, types

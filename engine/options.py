@@ -1,0 +1,58 @@
+"""The options of the `unipic-run` command, one row each: names, and the line that `--help` shows."""
+
+from functools import partial
+from typing import Annotated, Any
+
+import typer
+
+
+def _option(kind: Any, *names: str, panel: str | None = None, metavar: str | None = None, **more: Any) -> Any:
+    metavar = "" if kind is bool else metavar
+    return Annotated[kind, typer.Option(*names, rich_help_panel=panel, metavar=metavar, **more)]
+
+
+_in = partial(_option, panel="Model")
+_out = partial(_option, panel="Output")
+
+Image = Annotated[
+    str, typer.Argument(metavar="IMAGE", help="PNG, JPEG or WebP file; - reads one from stdin.", show_default=False)
+]
+Prompt = Annotated[
+    str | None, typer.Argument(metavar="PROMPT", help="What to paint or change; - reads one prompt a line from stdin.")
+]
+PromptFile = _option(str | None, "--prompt-file", metavar="FILE", help="One prompt a line instead; - is stdin.")
+From = _option(str | None, "--from", metavar="PNG", help="Repeat the settings of a PNG; options given here win.")
+Size = _option(str | None, "--size", metavar="WxH", help="Width and height in pixels, multiples of 16.")
+Mask = _option(str | None, "--mask", metavar="FILE", help="White where to repaint; the rest stays as it is.")
+Outpaint = _option(str | None, "--outpaint", metavar="L,T,R,B", help="Pixels to add left, top, right and bottom.")
+Fit = _option(str | None, "--fit", metavar="HOW", help="keep the aspect (default) or crop to a square.")
+Question = Annotated[
+    list[str],
+    typer.Argument(metavar="QUESTION...", help="One or more; - reads one a line from stdin.", show_default=False),
+]
+Name = Annotated[str, typer.Argument(metavar="MODEL", help="Short name, folder or hub id.", show_default=False)]
+Res = _option(int | None, "--res", metavar="PIXELS", help="Side of a square, a multiple of 16.")
+N = _option(int, "-n", metavar="N", help="Copies of each prompt; copy i has seed + i.")
+Seed = _option(int | None, "--seed", metavar="S", help="Drawn and reported when not given.")
+Steps = _option(int | None, "--steps", "--iters", metavar="N", help="Rounds.")
+Guidance = _option(float | None, "--guidance", "--cfg", metavar="X", help="1 turns guidance off.")
+Schedule = _option(str | None, "--cfg-schedule", metavar="NAME", help="Guidance over the rounds: constant or linear.")
+Temperature = _option(float | None, "--temperature", metavar="X", help="Scales the noise of the diffusion head.")
+Negative = _option(str | None, "--negative", metavar="TEXT", help="What to steer away from.")
+Batch = _option(int | None, "--batch-size", metavar="N", help="Pictures computed together.")
+
+Model = _in(str | None, "--model", "-m", metavar="NAME", help="Short name, folder or hub id; unipic by default.")
+Device = _in(str, "--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")
+Dtype = _in(str | None, "--dtype", metavar="NAME", help="auto, bf16, fp16 or fp32.")
+Attn = _in(str, "--attn", metavar="NAME", help="auto, sdpa, flash-attn or xformers.")
+Revision = _in(str | None, "--revision", metavar="REV", help="Branch, tag or commit on the hub.")
+Offline = _in(bool, "--offline", help="Use only what is on this machine.")
+
+Output = _out(str | None, "--output", "-o", metavar="PATH", help="Path, folder, template such as {seed}.png, or -.")
+Overwrite = _out(bool, "--overwrite", help="Replace files that exist.")
+Preview = _out(
+    int, "--preview-every", metavar="K", show_default=False, help="Also save the unfinished picture every K rounds."
+)
+NoMetadata = _out(bool, "--no-metadata", help="Save the pictures without their settings.")
+Json = _out(bool, "--json", help="One JSON object on stdout.")
+Quiet = _out(bool, "--quiet", "-q", help="No progress and no notes.")

@@ -1,0 +1,96 @@
+"""Making the pictures of one command and saving each as soon as it is finished.
+
+Whatever stops the work (Ctrl-C, memory, a full disk) leaves all earlier pictures saved.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from .errors import UsageError
+from .request import MAX_SEED, Event, Sampling
+from .terminal import Terminal
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .outputs import Outputs
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a command asks for, checked before a model is loaded. `known`: further settings that names may use."""
+
+    task: str  # generate, edit or inpaint
+    prompts: tuple[str, ...]
+    sampling: Sampling
+    known: dict[str, Any] = field(default_factory=dict)
+
+    def expected_settings(self, model: str) -> list[dict[str, Any]]:
+        """Of every picture, in the engine's order, as far as they are known before the model: enough to check names.
+
+        What only the model knows stands there as a placeholder of the right type.
+        """
+        sampling = {name: value for name, value in asdict(self.sampling).items() if name in _IN_SETTINGS}
+        later = {"size": "0x0", "steps": 0, "guidance": 0.0, "dtype": "", "device": "", "attention": ""}
+        said = {name: value for name, value in (sampling | self.known).items() if value is not None}
+        shared = {"version": __version__, "task": self.task, "model": model, **later, **said}
+        copies = [(self.sampling.seed + copy) & MAX_SEED for copy in range(self.sampling.n)]
+        return [shared | {"prompt": prompt, "seed": seed} for prompt in self.prompts for seed in copies]
+
+
+_IN_SETTINGS = ("steps", "guidance", "cfg_schedule", "temperature", "negative")
+
+
+def open_engine(terminal: Terminal, loading: dict[str, Any]) -> "Engine":
+    """The engine, with its bars and sentences on the terminal. Torch comes in here."""
+    from .engine import Engine
+
+    return Engine.from_pretrained(**loading, on_progress=terminal.progress, say=terminal.say)
+
+
+def make_pictures(
+    terminal: Terminal, order: Order, saving: dict[str, Any], loading: dict[str, Any], **arguments: Any
+) -> None:
+    """Check the outputs, load the model, then make, save and report the pictures one after the other.
+
+    `saving` goes to Outputs, `loading` to Engine.from_pretrained, `arguments` to Engine.generate or Engine.edit.
+    `terminal.data` holds the JSON of what is done so far.
+    """
+    from .outputs import Outputs
+
+    outputs = Outputs(**saving)
+    if outputs.stream and terminal.json:
+        raise UsageError("a picture and JSON do not fit one stdout", "give -o a path, or leave --json out")
+    outputs.check(order.expected_settings(loading.get("model", "unipic")), previews=order.sampling.preview_every > 0)
+    with open_engine(terminal, loading) as engine:
+        verb = engine.generate if order.task == "generate" else engine.edit
+        terminal.data.update(images=[], attention=engine.attention)
+        saver = _Saver(outputs, terminal)
+        result = verb(prompt=order.prompts, on_event=saver, **asdict(order.sampling), **arguments)
+        terminal.data.update(timings=result.timings, peak_bytes=result.peak_bytes)
+
+
+class _Saver:
+    """Hears the engine's events: shows the rounds, saves previews and finished pictures."""
+
+    def __init__(self, outputs: "Outputs", terminal: Terminal) -> None:
+        self.outputs, self.terminal = outputs, terminal
+
+    def __call__(self, event: Event) -> None:
+        if event.stage == "sample":
+            self.show(event)
+        for index, (preview, settings) in enumerate(zip(event.previews, event.settings, strict=False), event.done):
+            path = self.outputs.preview(index, preview, settings, event.round)
+            self.terminal.say(f"preview: {path}")
+        for index, (image, settings) in enumerate(zip(event.images, event.settings, strict=False), event.done):
+            path = self.outputs.save(index, image, settings)
+            self.terminal.data["images"].append(
+                {"path": path and str(path), "seed": settings["seed"], "settings": settings}
+            )
+            if path:
+                self.terminal.line(str(path))
+
+    def show(self, event: Event) -> None:
+        text = f"image {event.done + 1} of {event.total}, round {event.round} of {event.rounds}"
+        done = event.done * event.rounds + event.round
+        self.terminal.show("sampling", done, event.total * event.rounds, text)

@@ -1,0 +1,355 @@
+"""The command as a user meets it: mostly in this process, a few times as the installed program."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from unipic_run.cli import main
+from unipic_run.engine.arguments import parse_outpaint, parse_size
+from unipic_run.engine.errors import OutputError, UsageError
+from unipic_run.engine.outputs import Outputs
+from unipic_run.engine.png_metadata import read_settings, save_png
+from unipic_run.engine.request import Sampling
+from unipic_run.engine.saving import Order
+from unipic_run.engine.terminal import printable
+
+QUICK = ("--steps", "2", "--seed", "7", "--res", "128")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_release, tmp_path_factory) -> str:
+    """The tiny checkpoint, converted by the command itself."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    assert main(["convert", str(tiny_release), str(folder), "-q"]) == 0
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch) -> None:
+    """Relative outputs and the cache stay inside the test's folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UNIPIC_RUN_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    def call(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        capsys.readouterr()
+        code = main(list(arguments))
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def photo(tmp_path) -> str:
+    levels = np.random.default_rng(0).integers(0, 256, (96, 120, 3), dtype=np.uint8)
+    Image.fromarray(levels).save(tmp_path / "photo.jpg")
+    return str(tmp_path / "photo.jpg")
+
+
+def pixels(path: str | Path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def command() -> str:
+    found = shutil.which("unipic-run", path=str(Path(sys.executable).parent))
+    assert found, "the unipic-run command is not installed beside this Python: pip install -e ."
+    return found
+
+
+def pngs() -> list[str]:
+    return sorted(path.name for path in Path.cwd().glob("*.png"))
+
+
+def test_gen_names_pictures_after_prompt_and_seed_and_never_replaces_one(run, model):
+    code, out, err = run("gen", "a red fox", "-m", model, *QUICK)
+    assert (code, out, err) == (0, "a_red_fox-7.png\n", "")
+    assert pixels("a_red_fox-7.png").shape == (128, 128, 3)
+    assert run("gen", "a red fox", "-m", model, *QUICK)[1] == "a_red_fox-7-2.png\n"
+
+
+def test_from_repeats_a_picture_and_options_on_the_line_win(run, model):
+    options = ("--size", "144x112", "--steps", "3", "--seed", "5", "--cfg", "2", "--cfg-schedule", "linear")
+    assert run("gen", "x", "-m", model, *options, "--negative", "blur", "-o", "a.png", "--dtype", "fp32")[0] == 0
+    assert run("gen", "--from", "a.png", "-o", "b.png")[0] == 0
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
+    assert read_settings("a.png") == read_settings("b.png")
+    assert run("gen", "y", "--from", "a.png", "--seed", "6", "--res", "128", "-o", "c.png")[0] == 0
+    changed = {"prompt": "y", "seed": 6, "size": "128x128"}
+    assert read_settings("c.png") == {**read_settings("a.png"), **changed}
+
+
+def test_from_refuses_edits_and_models_that_would_be_downloaded(run):
+    image = Image.new("RGB", (16, 16))
+    save_png(image, "edit.png", {"task": "edit", "prompt": "x"})
+    save_png(image, "far.png", {"task": "generate", "prompt": "x", "model": "some/model"})
+    image.save("plain.png")
+    for name, what in (("edit", "made by 'edit'"), ("far", "give --model"), ("plain", "no unipic-run settings")):
+        code, _, err = run("gen", "--from", f"{name}.png")
+        assert code == 2 and what in err
+
+
+def test_edit_a_mask_and_outpainting(run, model, photo):
+    code, out, _ = run("edit", photo, "make it night", "-m", model, *QUICK, "-q")
+    assert code == 0 and pixels(out.strip()).shape[0] % 16 == 0
+    mask = Image.new("L", (120, 96))
+    mask.paste(255, (0, 0, 40, 96))
+    mask.save("mask.png")
+    assert run("edit", photo, "a wall", "--mask", "mask.png", "-m", model, *QUICK, "-q", "-o", "wall.png")[0] == 0
+    with Image.open(photo) as source:
+        before, after = np.asarray(source.convert("RGB")), pixels("wall.png")
+    assert np.array_equal(after[:, 40:], before[:, 40:]) and not np.array_equal(after[:, :40], before[:, :40])
+    assert run("edit", photo, "a wall", "--outpaint", "0,0,8,16", "-m", model, *QUICK, "-o", "{task}.png", "-q")[0] == 0
+    assert pixels("inpaint.png").shape == (112, 128, 3)
+
+
+def test_ask_streams_one_answer_and_lists_several(run, model, photo):
+    options = ("-m", model, "--max-new-tokens", "8")
+    code, out, err = run("ask", photo, "what is it?", *options)
+    assert code == 0 and out.endswith("\n") and out.strip() and not err
+    code, several, _ = run("ask", "-", "what is it?", "and this?", *options, "--json", stdin=Path(photo).read_bytes())
+    found = json.loads(several)
+    assert code == 0 and [row["question"] for row in found["answers"]] == ["what is it?", "and this?"]
+    assert found["answers"][0]["text"].startswith(out.rstrip("\n")) and found["attention"] == "sdpa"
+
+
+def test_json_is_one_object_also_for_failures(run, model):
+    code, out, _ = run("gen", "x", "-m", model, *QUICK, "-n", "2", "--json")
+    found = json.loads(out)
+    assert code == 0 and [Path(row["path"]).exists() for row in found["images"]] == [True, True]
+    assert [row["seed"] for row in found["images"]] == [7, 8] and found["images"][0]["settings"]["steps"] == 2
+    assert {"timings", "peak_bytes", "attention"} <= found.keys() and found["timings"]["sample"] > 0
+    code, out, err = run("gen", "x", "--json", "--unknown")
+    assert code == 2 and json.loads(out)["error"]["code"] == "usage" and err.count("\n") == 1
+    code, out, _ = run("gen", "x", "--json", "-m", "nothing-of-that-name")
+    assert code == 4 and json.loads(out)["error"].keys() == {"code", "message", "remedy"}
+
+
+def test_prompts_come_from_one_place_stdin_file_or_line(run, model):
+    code, out, _ = run("gen", "-", "-m", model, *QUICK, "-o", "{index}.png", stdin="one\n\n zwei ü\r\n".encode())
+    assert (code, out) == (0, "1.png\n2.png\n") and read_settings("2.png")["prompt"] == "zwei ü"
+    Path("prompts.txt").write_bytes(b"\xef\xbb\xbfone\n")
+    assert run("gen", "--prompt-file", "prompts.txt", "-m", model, *QUICK, "-o", "file.png")[0] == 0
+    assert np.array_equal(pixels("1.png"), pixels("file.png"))
+    for arguments, stdin in (
+        (["gen", "x", "--prompt-file", "prompts.txt"], b""),
+        (["gen"], b""),
+        (["gen", "-"], b"\n\n"),
+        (["gen", "-"], b"\xff\xfe"),
+        (["gen", "--prompt-file", "missing.txt"], b""),
+    ):
+        code, _, err = run(*arguments, stdin=stdin)
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--no-such-option"], 2),
+        (["paint", "x"], 2),
+        (["gen", "x", "--size", "0x7"], 2),
+        (["gen", "x", "--size", "7x16"], 2),
+        (["gen", "x", "--size", "16"], 2),
+        (["gen", "x", "--res", "1e6"], 2),
+        (["gen", "x", "--res", "1000000"], 2),
+        (["gen", "x", "--res", "64", "--size", "64x64"], 2),
+        (["gen", ""], 2),
+        (["gen", "x", "-n", "0"], 2),
+        (["gen", "x", "--seed", "-1"], 2),
+        (["gen", "x", "--guidance", "nan"], 2),
+        (["gen", "x", "--steps", "0"], 2),
+        (["gen", "x", "--cfg-schedule", "wavy"], 2),
+        (["gen", "x", "-o", "no/such/folder.png"], 2),
+        (["gen", "x", "-o", "a.jpg"], 2),
+        (["gen", "x", "-o", "{sead}.png"], 2),
+        (["gen", "x", "-o", "-", "-n", "2"], 2),
+        (["gen", "x", "-o", "-", "--json"], 2),
+        (["gen", "x", "--device", "tpu"], 6),
+        (["gen", "x", "--dtype", "int3"], 6),
+        (["gen", "x", "--attn", "none"], 6),
+        (["gen", "x", "--offline"], 4),
+        (["edit", "missing.png", "x"], 2),
+        (["ask", "missing.png", "x"], 2),
+        (["info", "missing.png"], 2),
+        (["convert", "missing", "dst"], 4),
+        (["verify", "unipic"], 4),
+        (["pull", "unipic"], 4),
+    ],
+)
+def test_mistakes_end_in_one_line_and_their_exit_code(run, arguments, code):
+    found, out, err = run(*arguments)
+    assert found == code and (out == "" or "--json" in arguments)
+    assert err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
+
+
+def test_edit_refuses_before_a_model_is_loaded(run, photo):
+    for options in (
+        ["--mask", photo, "--outpaint", "1,1,1,1"],
+        ["--outpaint", "1,1"],
+        ["--fit", "stretch"],
+        ["--res", "100"],
+    ):
+        code, _, err = run("edit", photo, "x", *options, "-m", "no-such-model")
+        assert code == 2 and err.startswith("error: ")
+
+
+def test_a_prompt_of_100_kb_is_refused_in_seconds(run, model):
+    start = time.monotonic()
+    code, _, err = run("gen", "-", "-m", model, *QUICK, stdin=b"word " * 20_000)
+    assert code == 2 and "shorten the prompt" in err and len(err) < 3000
+    assert time.monotonic() - start < 20 and not pngs()
+
+
+def test_an_existing_output_is_refused_before_the_work(run):
+    Path("a.png").write_bytes(b"precious")
+    Path("b-2.png").write_bytes(b"precious")
+    for arguments in (["-o", "a.png"], ["-o", "b.png", "-n", "3"]):
+        code, _, err = run("gen", "x", "-m", "not-even-looked-for", *arguments)
+        assert code == 2 and "exists already" in err
+    assert Path("a.png").read_bytes() == b"precious"
+
+
+def test_several_pictures_number_a_plain_path_and_overwrite_replaces(run, model):
+    Path("a-2.png").write_bytes(b"old")
+    code, out, _ = run("gen", "x", "-m", model, *QUICK, "-n", "2", "-o", "a.png", "--overwrite", "--preview-every", "1")
+    assert (code, out.split()) == (0, ["a-1.png", "a-2.png"])
+    assert pngs() == ["a-1-preview-1.png", "a-1.png", "a-2-preview-1.png", "a-2.png"]
+    assert all(pixels(name).shape == (128, 128, 3) for name in pngs())
+    assert run("gen", "x", "-m", model, *QUICK, "-o", "plain.png", "--no-metadata")[0] == 0
+    assert np.array_equal(pixels("plain.png"), pixels("a-1.png")) and run("info", "plain.png")[0] == 2
+
+
+def test_outputs_keep_what_appeared_while_the_work_went_on(tmp_path):
+    outputs = Outputs("late.png")
+    outputs.check([{}])
+    Path("late.png").write_bytes(b"somebody else's")
+    assert outputs.save(0, Image.new("RGB", (16, 16)), {}) == Path("late-2.png")
+    (tmp_path / "a{b").mkdir()
+    inside = Outputs("a{b")
+    inside.check([{"prompt": "x", "seed": 1}])
+    assert inside.place(0, {"prompt": "x", "seed": 1}) == Path("a{b", "x-1.png")
+    with pytest.raises(OutputError):
+        Outputs("gone/").check([{"prompt": "x", "seed": 1}])
+
+
+def test_expected_settings_are_those_of_the_pictures(run, model, tmp_path):
+    """Names are checked before the work with settings that have the same fields, seeds and order as the real ones."""
+    order = Order("generate", ("a", "b"), Sampling(seed=2**64 - 1, n=2))
+    expected = order.expected_settings(model)
+    assert [(e["prompt"], e["seed"]) for e in expected] == [("a", 2**64 - 1), ("a", 0), ("b", 2**64 - 1), ("b", 0)]
+    code, out, _ = run("gen", "a", "--model", model, *QUICK, "-o", str(tmp_path / "a.png"))
+    assert code == 0 and set(read_settings(Path(out.strip()))) == set(expected[0])
+
+
+def test_pull_list_info_verify_on_what_is_here(run, model, tiny_release):
+    assert run("verify", model)[1].startswith(f"ok {model}")
+    for folder, layout in ((model, "converted"), (str(tiny_release), "released")):
+        found = json.loads(run("info", folder, "--json")[1])
+        assert (found["layout"], found["family"]) == (layout, "unipic") and found["parameters"] > 10**6
+        assert found["licence"] and "never run by us" in found["note"]
+    assert json.loads(run("list", "--json")[1])["models"][0]["path"] is None
+    code, out, err = run("pull", str(tiny_release))
+    assert code == 0 and "licence" in err
+    assert json.loads(run("list", "--json")[1])["models"][0]["path"] == out.strip()
+    weights = next(Path(out.strip()).glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    code, _, err = run("verify", Path(out.strip()).name)
+    assert code == 5 and "has changed" in err
+    assert "not on this machine" in run("info", "unipic")[1]
+
+
+def test_doctor_runs_here_and_speaks_json(run):
+    code, out, _ = run("doctor", "--json")
+    states = {check["name"]: check["state"] for check in json.loads(out)["checks"]}
+    assert code == (1 if "fail" in states.values() else 0) and states["python"] == "ok" and states["models"] == "warn"
+
+
+def test_an_unexpected_failure_is_one_line_and_debug_shows_the_rest(run, monkeypatch):
+    monkeypatch.setattr("unipic_run.engine.hub.list_models", lambda: 1 / 0)
+    code, _, err = run("list")
+    assert code == 1 and err == "error: ZeroDivisionError: division by zero: run with --debug for the traceback\n"
+    assert "Traceback" in run("list", "--debug")[2]
+
+
+def test_a_size_far_from_the_trained_one_is_noted_once_and_q_is_silent(run, model):
+    code, out, err = run("gen", "x", "-m", model, "--steps", "1", "--res", "32", "-n", "2", "-o", "a.png")
+    assert code == 0 and len(out.split()) == 2 and err.startswith("note: 32x32") and err.count("\n") == 1
+    assert run("gen", "x", "-m", model, "--steps", "1", "--res", "32", "-o", "b.png", "-q")[2] == ""
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from unipic_run.cli import main; sys.exit(main(['gen', '--help']) or 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--cfg-schedule" in done.stdout, done.stderr
+
+
+def test_the_installed_command_writes_png_bytes_to_a_pipe(model):
+    done = subprocess.run([command(), "gen", "x", "-m", model, *QUICK, "-o", "-"], capture_output=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == b""
+    with Image.open(io.BytesIO(done.stdout)) as image:
+        assert image.size == (128, 128)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT between processes")
+def test_ctrl_c_stops_within_a_round_and_keeps_what_was_finished(model, tmp_path):
+    arguments = [command(), "gen", "x", "-m", model, "--seed", "1", "-n", "500", "--steps", "4", "--json"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not pngs() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and err == "error: cancelled\n"
+    found = json.loads(out)
+    assert found["error"]["code"] == "cancelled" and {row["path"] for row in found["images"]} <= set(pngs())
+    assert len(pngs()) - len(found["images"]) in (0, 1)  # the signal may fall between a picture and its entry
+    assert all(pixels(name).any() for name in pngs())
+    assert not list(tmp_path.glob(".*partial*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT between processes")
+def test_ctrl_c_in_the_first_picture_leaves_nothing(model):
+    arguments = [command(), "gen", "x", "-m", model, "--steps", "10000", "--size", "512x512", "-o", "{seed}.png"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline().startswith("note: 512x512")  # the engine has begun
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (130, "", "error: cancelled\n") and not pngs()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGPIPE")
+def test_a_reader_that_goes_away_is_no_news():
+    process = subprocess.Popen([command(), "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 141
+
+
+def test_an_unwritable_folder_is_refused_first(run):
+    if os.name == "nt" or os.geteuid() == 0:
+        pytest.skip("permissions do not bind this user")
+    Path("closed").mkdir(mode=0o500)
+    code, _, err = run("gen", "x", "-o", "closed/a.png")
+    assert code == 2 and "not writable" in err
+
+
+def test_words_become_values():
+    assert parse_size("1024x768") == (1024, 768) and parse_outpaint("0,16,32,0") == (0, 16, 32, 0)
+    for text in ("1024", "x", "-1x16", "1e3x16", "16x16x16", "٣x16"):
+        with pytest.raises(UsageError):
+            parse_size(text)
+    assert printable("a\x1b[31mb\nc\x9b") == "a\\x1b[31mb\nc\\x9b"
