@@ -61,6 +61,7 @@ def gen(
     device: o.Device = "auto",
     dtype: o.Dtype = None,
     attn: o.Attn = "auto",
+    exact_rope: o.ExactRope = None,
     revision: o.Revision = None,
     offline: o.Offline = False,
     output: o.Output = None,
@@ -74,7 +75,7 @@ def gen(
     terminal = _terminal(ctx, as_json, quiet)
     old = a.repeated_settings(from_png, other_model=model is not None) if from_png else {}
     new = a.given(seed=seed, steps=steps, guidance=guidance, cfg_schedule=cfg_schedule, temperature=temperature)
-    asked = old | new | a.given(negative=negative, model=model, dtype=dtype)
+    asked = old | new | a.given(negative=negative, model=model, dtype=dtype, exact_rope=exact_rope)
     prompts = a.read_prompts(prompt, prompt_file, instead=old.get("prompt"))
     shape = a.wanted_size(res, size) or old.get("size")
     sampling = a.sampling(asked, n=n, batch_size=batch_size, preview_every=preview_every)
@@ -107,6 +108,7 @@ def edit(
     device: o.Device = "auto",
     dtype: o.Dtype = None,
     attn: o.Attn = "auto",
+    exact_rope: o.ExactRope = None,
     revision: o.Revision = None,
     offline: o.Offline = False,
     output: o.Output = None,
@@ -121,7 +123,7 @@ def edit(
 
     terminal = _terminal(ctx, as_json, quiet)
     asked = a.given(seed=seed, steps=steps, guidance=guidance, cfg_schedule=cfg_schedule, temperature=temperature)
-    asked |= a.given(negative=negative, model=model, dtype=dtype)
+    asked |= a.given(negative=negative, model=model, dtype=dtype, exact_rope=exact_rope)
     picture, prompts = a.read_picture(image), a.read_prompts(prompt, prompt_file)
     where = a.given(
         mask=None if mask is None else open_mask(mask, picture.size),
@@ -150,6 +152,7 @@ def ask(
     device: o.Device = "auto",
     dtype: o.Dtype = None,
     attn: o.Attn = "auto",
+    exact_rope: o.ExactRope = None,
     revision: o.Revision = None,
     offline: o.Offline = False,
     as_json: o.Json = False,
@@ -161,7 +164,8 @@ def ask(
     how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     for text in questions:
         AskRequest(text, PATCH if res is None else res, **how, seed=seed or 0)  # refuses before a model is loaded
-    loading = a.given(model=model, dtype=dtype, device=device, attention=attn, revision=revision, offline=offline)
+    asked = a.given(model=model, dtype=dtype, exact_rope=exact_rope)
+    loading = a.loading(asked, device=device, attention=attn, revision=revision, offline=offline)
     with open_engine(terminal, loading) as engine:
         if len(questions) == 1 and not as_json:
             terminal.stream(engine.ask(picture, questions[0], res=res, seed=seed, stream=True, **how))

@@ -13,7 +13,18 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_TEXT = 16 * 2**20  # bytes of a prompt file
-REPEATED = ("prompt", "seed", "steps", "guidance", "cfg_schedule", "temperature", "negative", "model", "dtype")
+REPEATED = (
+    "prompt",
+    "seed",
+    "steps",
+    "guidance",
+    "cfg_schedule",
+    "temperature",
+    "negative",
+    "model",
+    "dtype",
+    "exact_rope",
+)
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -110,7 +121,7 @@ def sampling(asked: dict[str, Any], **more: Any) -> Sampling:
 
 def loading(asked: dict[str, Any], **more: Any) -> dict[str, Any]:
     """The keywords of Engine.from_pretrained."""
-    return {name: asked[name] for name in ("model", "dtype") if name in asked} | more
+    return {name: asked[name] for name in ("model", "dtype", "exact_rope") if name in asked} | more
 
 
 def _text(source: str) -> str:

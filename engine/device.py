@@ -1,6 +1,7 @@
 """Where and in which precision a model runs, and what its memory did."""
 
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,13 +13,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _LONG_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
-def as_device(name: str) -> torch.device:
+def as_device(name: str | torch.device) -> torch.device:
     """auto takes a CUDA device when there is one. Raises UnsupportedDeviceError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise UnsupportedDeviceError(f"device {name!r} is not supported", "use auto, cpu, cuda or cuda:N")
@@ -27,13 +28,15 @@ def as_device(name: str) -> torch.device:
         if (device.index or 0) >= found:
             raise UnsupportedDeviceError(
                 f"device {name!r} is not here: torch {torch.__version__} sees {found} CUDA devices",
-                "use --device cpu, or see `unipic-run doctor`",
+                "use cpu, or see `unipic-run doctor`",
             )
     return device
 
 
-def as_dtype(name: str, device: torch.device) -> torch.dtype:
+def as_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     """auto is bfloat16 on CUDA and float32 on the CPU. Raises UnsupportedDeviceError."""
+    if isinstance(name, torch.dtype):
+        name = str(name).removeprefix("torch.")
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "fp32"
     name = _LONG_NAMES.get(name, name)
@@ -66,16 +69,17 @@ def memory_peak(device: torch.device) -> int | None:
 @contextmanager
 def out_of_memory(doing: str) -> Iterator[None]:
     """Turns an allocator's failure into a BudgetError, raised only after the failed frames have let go."""
-    failure = None
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        failure = str(error).partition("\n")[0]
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        if not known:
             raise
-        failure = str(error).partition("\n")[0]
-    if failure is not None:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        raise BudgetError(f"out of memory while {doing} ({failure})", "use a smaller size or batch, or --dtype bf16")
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+    else:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise BudgetError(f"out of memory while {doing} ({reason})", "make fewer or smaller pictures at once") from None

@@ -5,10 +5,12 @@ One call at a time: a lock makes threads wait for each other, and a streamed ans
 
 import os
 import secrets
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Unpack, overload
 
@@ -20,17 +22,16 @@ from .. import __version__
 from . import families, hub, weights
 from .checkpoint.manifest import Progress
 from .device import as_device, as_dtype, dtype_name, memory_peak, out_of_memory, reset_memory_peak
-from .errors import UnipicWarning, UsageError
+from .errors import UsageError
 from .layers.attention import resolve
 from .loaded import Loaded
 from .lock import CallLock
 from .making import Job, jobs_of, make_images
 from .noise import Noise
 from .picture import open_image, open_mask
-from .prepare import Defaults, Finish, edit_task, generate_task
+from .prepare import Defaults, Finish, edit_task, generate_task, note_doubts
 from .reading import Reader
 from .request import (
-    PATCH,
     Answer,
     AskOptions,
     AskRequest,
@@ -39,10 +40,11 @@ from .request import (
     Event,
     GenerateRequest,
     Result,
-    Sampling,
     SamplingOptions,
+    as_margins,
     as_prompts,
     as_sampling,
+    as_size,
 )
 from .run import Clock
 from .task import Task
@@ -62,15 +64,17 @@ class Engine:
         self.attention, self.max_image_tokens = family.attention_backend(model), family.max_image_tokens(self.config)
         self.defaults = Defaults(self.config.rounds, self.config.guidance)
         self.lock = CallLock()
+        self._streams: weakref.WeakSet[Generator[str]] = weakref.WeakSet()
 
     @classmethod
     def from_pretrained(
         cls,
         model: str | os.PathLike[str] = "unipic",
         *,
-        device: str = "auto",
-        dtype: str = "auto",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
         attention: str = "auto",
+        exact_rope: bool = False,
         revision: str | None = None,
         offline: bool = False,
         on_progress: Progress | None = None,
@@ -79,7 +83,8 @@ class Engine:
         """Load a short name, a folder or a hub id.
 
         device: auto, cpu, cuda, cuda:N. dtype: auto (bfloat16 on CUDA, float32 on the CPU), bf16, fp16, fp32.
-        attention: auto, sdpa, flash-attn, xformers. Raises ModelMissingError, CorruptWeightsError,
+        attention: auto, sdpa, flash-attn, xformers. exact_rope: keep rotary frequencies in float32, which the
+        released scripts round to bfloat16. Raises ModelMissingError, CorruptWeightsError,
         UnsupportedDeviceError, BudgetError. `on_progress(doing, done, total)` counts bytes, `say` gets a sentence
         before anything slow.
         """
@@ -89,12 +94,16 @@ class Engine:
         folder = hub.resolve(model, revision=revision, offline=offline, on_progress=on_progress, say=say)
         row, config = families.read(folder)
         family = families.model(row.name)
+        if exact_rope:
+            config = replace(config, round_inv_freq=False)
         with torch.device("meta"):
             module = family.build(config, attend)
         with out_of_memory("loading the model"):
             weights.load(module, folder, place, precision, on_progress=on_progress)
         tokens = Tokens(folder / "tokenizer.json", family.IMAGE, config.image_token)
-        return cls(family, module.eval().requires_grad_(False), tokens, os.fspath(model))
+        # A folder is named without its path: names end up in pictures that are passed on.
+        name = folder.name if Path(model).expanduser().is_dir() else os.fspath(model)
+        return cls(family, module.eval().requires_grad_(False), tokens, name)
 
     def __enter__(self) -> "Engine":
         return self
@@ -103,7 +112,10 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Free everything. A closed engine refuses work."""
+        """Free everything, ending streamed answers that are still open. A closed engine refuses work."""
+        for stream in list(self._streams):
+            with suppress(ValueError):  # another thread is just reading it: wait for its next piece below
+                stream.close()
         with self.lock:
             self.loaded = None
             if self.device.type == "cuda":
@@ -127,13 +139,9 @@ class Engine:
         batch_size, preview_every. Without a seed one is drawn and reported. A list of prompts gives
         prompts x n images, copy i of each with seed + i. `noise` replaces the seeds' randomness, one source an image.
         """
-        if res is not None and size is not None:
-            raise UsageError("both res and size given", "use res for a square, size for anything else")
-        side = self.config.resolution if res is None else res
-        request = GenerateRequest(as_prompts(prompt), size or (side, side), as_sampling(seed, sampling))
-        task, finish = generate_task(request, self.defaults)
-        self._warn_size(*request.size)
-        return self._images(task, finish, request.prompts, request.sampling, noise, on_event, cancel, {})
+        shape = as_size(res, size, self.config.resolution)
+        request = GenerateRequest(as_prompts(prompt), shape, as_sampling(seed, sampling))
+        return self._images(request, partial(generate_task, request, self.defaults), noise, on_event, cancel, {})
 
     def edit(
         self,
@@ -164,13 +172,12 @@ class Engine:
             sampling=as_sampling(seed, sampling),
             res=self.config.resolution if res is None else res,
             mask=None if mask is None else open_mask(mask, picture.size),
-            outpaint=outpaint,
+            outpaint=as_margins(outpaint),
             fit=fit,
         )
-        task, finish = edit_task(request, self.defaults, self.max_image_tokens, self.device, self.dtype)
-        self._warn_size(task.columns * PATCH, task.rows * PATCH)
+        make_task = partial(edit_task, request, self.defaults, self.max_image_tokens, self.device, self.dtype)
         how = {"fit": fit, "outpaint": outpaint and list(outpaint), "masked": mask is not None or None}
-        return self._images(task, finish, request.prompts, request.sampling, noise, on_event, cancel, how)
+        return self._images(request, make_task, noise, on_event, cancel, how)
 
     @overload
     def ask(
@@ -208,7 +215,9 @@ class Engine:
         if stream:
             if len(requests) != 1:
                 raise UsageError(f"{len(requests)} questions cannot be streamed", "stream one question at a time")
-            return self._stream(picture, requests[0], cancel or CancelToken())
+            answer = self._stream(picture, requests[0], cancel or CancelToken())
+            self._streams.add(answer)
+            return answer
         answers = self._answers(picture, requests, cancel or CancelToken())
         return answers[0] if isinstance(question, str) else answers
 
@@ -230,38 +239,41 @@ class Engine:
                 )
             return answers
 
-    def _stream(self, picture: Image.Image, request: AskRequest, cancel: CancelToken) -> Iterator[str]:
+    def _stream(self, picture: Image.Image, request: AskRequest, cancel: CancelToken) -> Generator[str]:
         # The lock is taken when reading begins; it goes when the generator ends, is closed, or is collected.
         with self._working("answering") as loaded:
             reader = Reader(loaded, picture, [request], Clock(self.device))
             text = loaded.tokens.stream()
             for token in reader.answer(request, cancel):
-                yield text.push(token)
-            yield text.rest()
+                if piece := text.push(token):
+                    yield piece
+                    self.lock.adopt()  # whoever resumed it
+            if piece := text.rest():
+                yield piece
 
     def _images(
         self,
-        task: Task,
-        finish: Finish,
-        prompts: Sequence[str],
-        sampling: Sampling,
+        request: GenerateRequest | EditRequest,
+        make_task: Callable[[], tuple[Task, Finish]],
         noise: Sequence[Noise] | None,
         on_event: Callable[[Event], None] | None,
         cancel: CancelToken | None,
         how: dict[str, Any],
     ) -> Result:
-        jobs, clock = jobs_of(prompts, sampling, noise), Clock(self.device)
-        sampled = ("steps", "guidance", "cfg_schedule", "temperature", "negative")
-        how = {name: getattr(task, name) for name in sampled} | how
-
-        def describe(job: Job, image: Image.Image) -> dict[str, Any]:
-            size = f"{image.width}x{image.height}"
-            return self._settings(task.kind, prompt=job.prompt, seed=job.seed, size=size, **how)
-
+        jobs, clock = jobs_of(request.prompts, request.sampling, noise), Clock(self.device)
         with self._working("making images") as loaded:
-            loaded.family.check_prompts(self.config, loaded.tokens, task, prompts)
+            task, finish = make_task()
+            loaded.family.check_prompts(self.config, loaded.tokens, task, request.prompts)
+            note_doubts(task, self.config.resolution)
+            sampled = ("steps", "guidance", "cfg_schedule", "temperature", "negative")
+            how = {name: getattr(task, name) for name in sampled} | how
+
+            def describe(job: Job, image: Image.Image) -> dict[str, Any]:
+                size = f"{image.width}x{image.height}"
+                return self._settings(task.kind, prompt=job.prompt, seed=job.seed, size=size, **how)
+
             images = make_images(
-                loaded, task, finish, jobs, describe, sampling, clock, cancel or CancelToken(), on_event
+                loaded, task, jobs, request.sampling, clock, cancel or CancelToken(), finish, describe, on_event
             )
             return Result(
                 images=tuple(images),
@@ -289,16 +301,8 @@ class Engine:
             "model": self.name,
             **what,
             "dtype": dtype_name(self.dtype),
+            "exact_rope": None if self.config.round_inv_freq else True,
             "device": self.device.type,
             "attention": self.attention,
         }
         return {name: value for name, value in known.items() if value is not None}
-
-    def _warn_size(self, width: int, height: int) -> None:
-        side = self.config.resolution
-        if not 0.8 <= width * height / side**2 <= 1.25:
-            warnings.warn(
-                f"{width}x{height} is far from the {side}x{side} this model was trained at: expect poorer pictures",
-                UnipicWarning,
-                stacklevel=3,
-            )

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -28,9 +27,6 @@ class Job:
     noise: Noise
 
 
-Describe = Callable[[Job, Image.Image], dict[str, Any]]  # the settings of a job's picture
-
-
 def jobs_of(prompts: Sequence[str], sampling: Sampling, noises: Sequence[Noise] | None) -> list[Job]:
     """n copies of each prompt; copy i of every prompt takes seed + i, so it does not matter what else is asked for."""
     asked = [(prompt, (sampling.seed + copy) & MAX_SEED) for prompt in prompts for copy in range(sampling.n)]
@@ -44,12 +40,12 @@ def jobs_of(prompts: Sequence[str], sampling: Sampling, noises: Sequence[Noise] 
 def make_images(
     loaded: Loaded,
     task: Task,
-    finish: Finish,
     jobs: Sequence[Job],
-    describe: Describe,
     sampling: Sampling,
     clock: Clock,
     cancel: CancelToken,
+    finish: Finish,
+    describe: Callable[[Job, Image.Image], dict[str, Any]],
     on_event: Callable[[Event], None] | None,
 ) -> list[Image.Image]:
     """Images in the order of the jobs. On the CPU one at a time, so that an image never depends on its neighbours."""
@@ -57,28 +53,17 @@ def make_images(
     images, reuse = [], None
     for first in range(0, len(jobs), at_once):
         part = jobs[first : first + at_once]
-        observe = partial(_tell, on_event, finish, describe, part, first, len(jobs))
+
+        def tell(event: Event, part: Sequence[Job] = part, first: int = first) -> None:
+            if on_event:
+                previews, images = tuple(finish(image) for image in event.previews), event.images
+                pictures = previews or images
+                settings = tuple(describe(*pair) for pair in zip(part, pictures, strict=bool(pictures)))
+                on_event(replace(event, done=first, total=len(jobs), previews=previews, settings=settings))
+
         batch = Batch([job.prompt for job in part], [job.noise for job in part])
-        pixels, reuse = run_batch(loaded, task, batch, reuse, clock, Watch(observe, cancel, sampling.preview_every))
-        done = to_images(pixels)
-        observe(Event("decode", images=tuple(done)))
-        images += [finish(image) for image in done]
+        levels, reuse = run_batch(loaded, task, batch, reuse, clock, Watch(tell, cancel, sampling.preview_every))
+        done = [finish(image) for image in to_images(levels)]
+        tell(Event("decode", images=tuple(done)))
+        images += done
     return images
-
-
-def _tell(
-    on_event: Callable[[Event], None] | None,
-    finish: Finish,
-    describe: Describe,
-    part: Sequence[Job],
-    done: int,
-    total: int,
-    event: Event,
-) -> None:
-    """Hand an event of one batch to the caller, its pictures finished and described."""
-    if on_event is None:
-        return
-    previews = tuple(finish(image) for image in event.previews)
-    images = tuple(finish(image) for image in event.images)
-    settings = tuple(describe(job, image) for job, image in zip(part, previews or images, strict=False))
-    on_event(replace(event, done=done, total=total, previews=previews, images=images, settings=settings))

@@ -74,6 +74,8 @@ class Tape:
 
     def __init__(self, order: Tensor, starts: Mapping[int, Tensor], steps: Mapping[int, Tensor]) -> None:
         """order (M) int64; starts[round] (N, C); steps[round] (steps, N, C) in the order they were drawn."""
+        if not torch.equal(order.sort().values, torch.arange(len(order))):
+            raise ValueError(f"a tape's order must be a permutation of 0 .. {len(order) - 1}")
         self._order, self._starts, self._steps = order, starts, steps
 
     def order(self, count: int) -> Tensor:
@@ -82,7 +84,14 @@ class Tape:
         return self._order
 
     def head_start(self, index: int, positions: Tensor, channels: int) -> Tensor:
-        return self._starts[index].to(positions.device)
+        return _recorded(self._starts, index, (len(positions), channels)).to(positions.device)
 
     def head_steps(self, index: int, positions: Tensor, channels: int, steps: int) -> Tensor:
-        return self._steps[index].to(positions.device)
+        return _recorded(self._steps, index, (steps, len(positions), channels)).to(positions.device)
+
+
+def _recorded(tensors: Mapping[int, Tensor], index: int, shape: tuple[int, ...]) -> Tensor:
+    if index not in tensors or tensors[index].shape != shape:
+        found = tuple(tensors[index].shape) if index in tensors else "nothing"
+        raise ValueError(f"the tape holds {found} for round {index}, the request needs {shape}")
+    return tensors[index]

@@ -7,7 +7,7 @@ import typer
 
 
 def _option(kind: Any, *names: str, panel: str | None = None, metavar: str | None = None, **more: Any) -> Any:
-    metavar = "" if kind is bool else metavar
+    metavar = "" if kind in (bool, bool | None) else metavar
     return Annotated[kind, typer.Option(*names, rich_help_panel=panel, metavar=metavar, **more)]
 
 
@@ -45,6 +45,9 @@ Model = _in(str | None, "--model", "-m", metavar="NAME", help="Short name, folde
 Device = _in(str, "--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")
 Dtype = _in(str | None, "--dtype", metavar="NAME", help="auto, bf16, fp16 or fp32.")
 Attn = _in(str, "--attn", metavar="NAME", help="auto, sdpa, flash-attn or xformers.")
+ExactRope = _in(
+    bool | None, "--exact-rope", help="Keep rotary frequencies in float32; the original rounds them in bf16."
+)
 Revision = _in(str | None, "--revision", metavar="REV", help="Branch, tag or commit on the hub.")
 Offline = _in(bool, "--offline", help="Use only what is on this machine.")
 

@@ -82,6 +82,15 @@ def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
+def fit_mask(mask: Image.Image, size: tuple[int, int], crop: bool) -> Image.Image:
+    """A mask ("L") resized like its picture; a place that holds any white stays white."""
+    side = min(mask.size)
+    left, top = (mask.width - side) // 2, (mask.height - side) // 2
+    box = (left, top, left + side, top + side) if crop else None
+    share = mask.convert("F").resize(size, Image.Resampling.BOX, box=box)
+    return Image.fromarray(np.where(np.asarray(share) > 0, 255, 0).astype(np.uint8))
+
+
 def fit_area(width: int, height: int, res: int) -> tuple[int, int]:
     """The size of the same aspect with about `res` squared pixels; sides are multiples of 16 and at least 16."""
     scale = res / (width * height) ** 0.5

@@ -7,9 +7,10 @@ from PIL import Image
 
 from .loaded import Loaded
 from .noise import PhiloxNoise
+from .precision import true_float32
 from .prepare import ask_pixels
 from .request import PATCH, AskRequest, CancelToken
-from .run import Clock, true_float32
+from .run import Clock
 from .text import decode_text
 
 
@@ -33,6 +34,7 @@ class Reader:
     def answer(self, request: AskRequest, cancel: CancelToken) -> Iterator[int]:
         """Token ids as they are decided."""
         config, start = self.model.config, self.cache.length
+        self.clock.seconds.pop("answer", None)  # an answer's time is its own, the picture's is shared
         ids = decode_text(
             lambda ids: self.family.next_logits(self.model, self.cache, ids),
             self.family.question_ids(self.tokens, request.question),

@@ -8,6 +8,7 @@ import secrets
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from .errors import Cancelled, UsageError
@@ -115,8 +116,7 @@ class EditRequest:
     def _check_outpaint(self, outpaint: tuple[int, int, int, int]) -> None:
         if self.mask is not None:
             raise UsageError("both a mask and outpaint given", "use one of them at a time")
-        if len(outpaint) != 4:
-            raise UsageError(f"outpaint has {len(outpaint)} numbers", "give four: left,top,right,bottom pixels")
+        as_margins(outpaint)
         for name, pixels in zip(("left", "top", "right", "bottom"), outpaint, strict=True):
             _whole(f"outpaint {name}", pixels, 0, MAX_SIDE)
         if not any(outpaint):
@@ -198,7 +198,7 @@ class Answer:
     attention: str
 
 
-@dataclass
+@dataclass(eq=False)
 class CancelToken:
     """Set from any thread; the engine stops within a round (or a text token) and raises `Cancelled`."""
 
@@ -228,15 +228,45 @@ def as_sampling(seed: int | None, options: SamplingOptions) -> Sampling:
     for name in options:
         if name not in known:
             raise UsageError(f"option {name!r} is unknown", f"known are seed, {', '.join(known)}")
-    return Sampling(seed=secrets.randbits(32) if seed is None else seed, **options)
+    seed = secrets.randbits(32) if seed is None else seed
+    return Sampling(**{name: _plain(value) for name, value in {"seed": seed, **options}.items()})
+
+
+def _plain(value: Any) -> Any:
+    """numpy's whole numbers as Python's, which neither overflow nor trouble JSON."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
 def as_prompts(prompt: str | Sequence[str]) -> tuple[str, ...]:
-    return (prompt,) if isinstance(prompt, str) else tuple(prompt)
+    if isinstance(prompt, str):
+        return (prompt,)
+    if not isinstance(prompt, Sequence):
+        raise UsageError(f"a prompt is {type(prompt).__name__}, not text", "pass a string or a list of strings")
+    return tuple(prompt)
+
+
+def as_size(res: int | None, size: tuple[int, int] | None, default: int) -> tuple[int, int]:
+    """(width, height) from a square's side, a pair, or neither."""
+    if size is None:
+        side = default if res is None else res
+        return side, side
+    if res is not None:
+        raise UsageError("both res and size given", "use res for a square, size for anything else")
+    return _numbers("size", size, 2, "a pair (width, height)")
+
+
+def as_margins(outpaint: tuple[int, int, int, int] | None) -> tuple[int, int, int, int] | None:
+    return outpaint if outpaint is None else _numbers("outpaint", outpaint, 4, "four: left, top, right, bottom pixels")
+
+
+def _numbers(name: str, value: Any, count: int, wanted: str) -> Any:
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != count:
+        raise UsageError(f"{name} {value!r} does not have {count} numbers", f"give {wanted}")
+    return tuple(map(_plain, value))
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):  # numpy's integers are welcome
         raise UsageError(f"{name} {value!r} is not a whole number", f"use {low} to {high}")
     if not low <= value <= high:
         raise UsageError(f"{name} {value} is out of range", f"use {low} to {high}")

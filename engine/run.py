@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .device import dtype_name
+from .errors import UnsupportedDeviceError
 from .loaded import Loaded
 from .picture import to_images
+from .precision import true_float32
 from .request import CancelToken, Event
 from .schedules import Rounds, reveal_rounds
 from .task import Batch, Task
@@ -53,20 +56,6 @@ class Pacer:
             self.events.popleft().synchronize()
 
 
-@contextmanager
-def true_float32() -> Iterator[None]:
-    """No TF32 inside: float32 means float32. The caller's settings come back afterwards."""
-    scopes = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
-    before = [scope.fp32_precision for scope in scopes]
-    try:
-        for scope in scopes:
-            scope.fp32_precision = "ieee"
-        yield
-    finally:
-        for scope, precision in zip(scopes, before, strict=True):
-            scope.fp32_precision = precision
-
-
 def plan_rounds(task: Task, batch: Batch) -> Rounds:
     """Every image's reveal order, drawn before the loop. `task.cells` restricts it to part of the grid."""
     if task.cells is None:
@@ -89,7 +78,7 @@ class Watch:
 @torch.inference_mode()
 @true_float32()
 def run_batch(loaded: Loaded, task: Task, batch: Batch, reuse: Any, clock: Clock, watch: Watch) -> tuple[Tensor, Any]:
-    """Pixels (B, H, W, 3) uint8 on the device, and the conditions, which the next batch of the task may reuse."""
+    """Levels (B, H, W, 3) uint8 on the device, and the conditions, which the next batch of the task may reuse."""
     family, model = loaded.family, loaded.model
     watch.cancel.check()
     with clock.stage("condition"):
@@ -101,9 +90,18 @@ def run_batch(loaded: Loaded, task: Task, batch: Batch, reuse: Any, clock: Clock
         for done, latents in enumerate(family.sample(model, conditions, task, batch, rounds), 1):
             pacer.tick()
             shown = watch.preview_every and done % watch.preview_every == 0 and done < total
-            previews = to_images(family.decode(model, latents, task.rows, task.columns)) if shown else ()
+            previews = to_images(to_levels(family.decode(model, latents, task.rows, task.columns))) if shown else ()
             watch.observe(Event("sample", done, total, previews=tuple(previews)))
             watch.cancel.check()
     with clock.stage("decode"):
         pixels = family.decode(model, latents, task.rows, task.columns)
-    return pixels, conditions
+        if not pixels.isfinite().all():
+            raise UnsupportedDeviceError(
+                f"the picture has values that are not numbers in {dtype_name(loaded.dtype)}", "use dtype bf16 or fp32"
+            )
+    return to_levels(pixels), conditions
+
+
+def to_levels(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1], more or less, to uint8 by truncation as the original does it; computed where they are."""
+    return (127.5 * pixels.float() + 128).clamp(0, 255).to(torch.uint8)

@@ -34,7 +34,7 @@ class Round:
     index: int
     visible: Tensor  # (B, V) already known when the round starts
     predicted: Tensor  # (B, N) revealed by it
-    left: float  # share of the tokens to sample that stays masked afterwards
+    left: float  # share of the tokens to sample that the schedule leaves masked; at least one, also in the last round
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def reveal_rounds(orders: Tensor, rows: int, columns: int, steps: int) -> Rounds
     for index, (before, after) in enumerate(reveal_counts(masked, steps)):
         visible = torch.cat([start, orders[:, before:]], dim=1).sort(dim=1).values
         predicted = orders[:, after:before].sort(dim=1).values
-        plan.append(Round(index, visible, predicted, after / masked))
+        plan.append(Round(index, visible, predicted, max(after, 1) / masked))
     return Rounds(rows, columns, tuple(plan))
 
 

@@ -49,7 +49,8 @@ def pick(scores: Tensor, temperature: float, top_p: float, noise: PhiloxNoise, s
     """The best token at temperature 0, else a draw from the smallest set that holds `top_p` of the probability."""
     if temperature == 0:
         return int(scores.argmax())
-    ordered = (scores / temperature).softmax(-1).sort(descending=True)
+    # The maximum is taken off first, or a tiny temperature would overflow.
+    ordered = ((scores - scores.max()) / temperature).softmax(-1).sort(descending=True)
     total = ordered.values.cumsum(-1)
     kept = torch.where(total - ordered.values < top_p, ordered.values, 0.0).cumsum(-1)
     at = torch.searchsorted(kept, noise.uniform(Stream.TEXT, step) * kept[-1])

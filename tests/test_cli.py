@@ -84,10 +84,10 @@ def test_gen_names_pictures_after_prompt_and_seed_and_never_replaces_one(run, mo
 def test_from_repeats_a_picture_and_options_on_the_line_win(run, model):
     options = ("--size", "144x112", "--steps", "3", "--seed", "5", "--cfg", "2", "--cfg-schedule", "linear")
     assert run("gen", "x", "-m", model, *options, "--negative", "blur", "-o", "a.png", "--dtype", "fp32")[0] == 0
-    assert run("gen", "--from", "a.png", "-o", "b.png")[0] == 0
+    assert run("gen", "--from", "a.png", "-m", model, "-o", "b.png")[0] == 0
     assert np.array_equal(pixels("a.png"), pixels("b.png"))
     assert read_settings("a.png") == read_settings("b.png")
-    assert run("gen", "y", "--from", "a.png", "--seed", "6", "--res", "128", "-o", "c.png")[0] == 0
+    assert run("gen", "y", "--from", "a.png", "-m", model, "--seed", "6", "--res", "128", "-o", "c.png")[0] == 0
     changed = {"prompt": "y", "seed": 6, "size": "128x128"}
     assert read_settings("c.png") == {**read_settings("a.png"), **changed}
 

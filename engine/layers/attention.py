@@ -4,7 +4,9 @@
 installed and applies, else sdpa. The resolved name is what `doctor` and every result report.
 """
 
+import importlib
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ...kernels.attention import attention as sdpa
-from ..errors import UnsupportedDeviceError
+from ..errors import UnipicWarning, UnsupportedDeviceError
 
 BACKENDS = ("auto", "sdpa", "flash-attn", "xformers")
 _MODULES = {"flash-attn": "flash_attn", "xformers": "xformers"}
+_ENTRIES = {"flash-attn": "flash_attn", "xformers": "xformers.ops"}
 _MAX_FLASH_HEAD = 256
 
 
@@ -38,22 +41,33 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
     """The backend for `name` on this device, or UnsupportedDeviceError with the reason."""
     if name not in BACKENDS:
         raise UnsupportedDeviceError(f"attention backend {name!r} is unknown", f"choose from {', '.join(BACKENDS)}")
-    half_on_cuda = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    fits = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
     if name == "auto":
-        return Attention("flash-attn" if half_on_cuda and installed("flash-attn") else "sdpa")
-    if name in _MODULES:
+        name = "flash-attn" if fits and installed("flash-attn") else "sdpa"
+        if name == "flash-attn" and (problem := _import_problem(name)):
+            warnings.warn(f"flash-attn is installed but broken ({problem}): using sdpa", UnipicWarning, stacklevel=2)
+            name = "sdpa"
+    elif name in _MODULES:
         if not installed(name):
-            extra = name.removesuffix("-attn")
-            raise UnsupportedDeviceError(
-                f"attention backend {name} is not installed", f'pip install "unipic-run[{extra}]", or use --attn sdpa'
-            )
-        if not half_on_cuda:
+            extra = f"unipic-run[{name.removesuffix('-attn')}]"
+            raise UnsupportedDeviceError(f"attention backend {name} is not installed", f"install {extra}, or use sdpa")
+        if not fits:
             kind = str(dtype).removeprefix("torch.")
             raise UnsupportedDeviceError(
-                f"attention backend {name} needs float16 or bfloat16 on CUDA, not {kind} on {device.type}",
-                "use --attn sdpa",
+                f"attention backend {name} needs float16 or bfloat16 on CUDA, not {kind} on {device.type}", "use sdpa"
             )
+        if problem := _import_problem(name):
+            raise UnsupportedDeviceError(f"{name} is installed but broken ({problem})", "reinstall it, or use sdpa")
     return Attention(name)
+
+
+def _import_problem(name: str) -> str | None:
+    """Why an installed package cannot be used; its compiled part may be of another torch."""
+    try:
+        importlib.import_module(_ENTRIES[name])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+    return None
 
 
 def installed(name: str) -> bool:

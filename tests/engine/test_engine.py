@@ -1,9 +1,7 @@
 """The engine's promises to a library user, on a random-weight model: seeds, masks, streams, locks, cancelling."""
 
-import threading
 import warnings
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 from unipic_run import CancelToken, Engine, Event
-from unipic_run.engine import run
 from unipic_run.engine.errors import Cancelled, CorruptWeightsError, UnipicWarning, UnsupportedDeviceError, UsageError
 
 QUICK = {"res": 64, "steps": 3}
@@ -155,36 +152,6 @@ def test_sampled_answers_follow_their_seed(tiny_engine: Engine, photo: Image.Ima
     assert first == again != other
 
 
-def test_abandoned_stream_releases_the_engine(tiny_engine: Engine, photo: Image.Image) -> None:
-    for _ in tiny_engine.ask(photo, "what is this?", res=64, stream=True):
-        break
-    assert tiny_engine.generate("a cat", **QUICK).images
-
-
-def test_a_call_inside_a_stream_is_refused_instead_of_hanging(tiny_engine: Engine, photo: Image.Image) -> None:
-    stream = tiny_engine.ask(photo, "what is this?", res=64, stream=True)
-    next(stream)
-    with pytest.raises(UsageError, match="busy with a call of the same thread"):
-        tiny_engine.generate("a cat", **QUICK)
-    stream.close()
-    assert tiny_engine.generate("a cat", **QUICK).images
-
-
-def test_threads_take_turns(tiny_engine: Engine) -> None:
-    log: list[int] = []
-
-    def work(number: int) -> None:
-        tiny_engine.generate("a cat", on_event=lambda event: log.append(number), **QUICK)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    changes = sum(a != b for a, b in pairwise(log))
-    assert changes == 2 and len(log) == 3 * 5
-
-
 def test_cancel_stops_within_a_round_and_leaves_the_engine_usable(tiny_engine: Engine) -> None:
     token, rounds = CancelToken(), []
 
@@ -227,6 +194,15 @@ def test_an_error_in_a_callback_leaves_the_engine_usable(tiny_engine: Engine) ->
         lambda e: e.generate("a cat", size=(4096, 4096)),
         lambda e: e.ask(Image.new("RGB", (9, 9)), "what?", res=64, max_new_tokens=99_999),
         lambda e: e.ask(Image.new("RGB", (9, 9)), ["a", "b"], stream=True),
+        lambda e: e.ask(Image.new("RGB", (9, 9)), []),
+        lambda e: e.ask(Image.new("RGB", (9, 9)), None),
+        lambda e: e.generate("a cat", size="64x64"),
+        lambda e: e.generate("a cat", size=64),
+        lambda e: e.generate("a cat", size=(64,)),
+        lambda e: e.generate(5),
+        lambda e: e.generate("a \ud800 cat"),
+        lambda e: e.edit(Image.new("RGB", (9, 9)), "x", outpaint=5),
+        lambda e: e.edit(Image.new("RGB", (50, 40)), "x", res=16384),
         lambda e: e.edit(Image.new("RGB", (9, 9)), "x", fit="stretch"),
     ],
 )
@@ -241,6 +217,49 @@ def test_sizes_off_the_trained_one_are_noted(tiny_engine: Engine) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tiny_engine.generate("a cat", steps=1)
+
+
+def test_numpy_integers_are_welcome(tiny_engine: Engine) -> None:
+    assert tiny_engine.generate("a cat", seed=np.int64(3), size=np.array([64, 32]).tolist(), steps=1).seeds == (3,)
+
+
+def test_a_negative_prompt_without_guidance_is_noted(tiny_engine: Engine) -> None:
+    with pytest.warns(UnipicWarning, match="no effect at guidance 1"):
+        tiny_engine.generate("a cat", negative="blur", guidance=1.0, **QUICK)
+
+
+def test_only_instructions_are_stripped(tiny_engine: Engine, photo: Image.Image) -> None:
+    ask = [tiny_engine.ask(photo, text, res=64, max_new_tokens=6).ids for text in ("what?", "what?   ")]
+    edits = [tiny_engine.edit(photo, text, res=64, steps=2, seed=1).images[0] for text in ("night", " night  ")]
+    assert ask[0] != ask[1] and edits[0].tobytes() == edits[1].tobytes()
+
+
+def test_values_that_are_not_numbers_are_an_error_not_a_black_picture(tiny_engine: Engine) -> None:
+    bias = tiny_engine.loaded.model.vae_decoder.conv_out.bias
+    before = bias.clone()
+    bias.fill_(float("nan"))
+    try:
+        with pytest.raises(UnsupportedDeviceError, match="not numbers in fp32"):
+            tiny_engine.generate("a cat", **QUICK)
+    finally:
+        bias.copy_(before)
+
+
+def test_exact_rotary_frequencies_are_an_option(
+    tiny_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNIPIC_RUN_CACHE", str(tmp_path))
+    ids = []
+    for exact in (False, True):
+        with Engine.from_pretrained(tiny_release, device="cpu", dtype=torch.bfloat16, exact_rope=exact) as engine:
+            assert engine.loaded.model.llm.round_inv_freq is not exact
+            ids.append(engine.generate("a cat", seed=1, **QUICK).images[0].tobytes())
+    assert ids[0] != ids[1]
+
+
+def test_pictures_do_not_tell_where_the_model_lies(tiny_engine: Engine, tiny_release: Path) -> None:
+    model = tiny_engine.generate("a cat", **QUICK).settings[0]["model"]
+    assert "/" not in model and tiny_release.name in model
 
 
 def test_closed_engine_says_so(tiny_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,17 +289,6 @@ def test_a_tokenizer_of_another_model_is_refused(
         Tokens(path, "<image>", 7)
     with pytest.raises(CorruptWeightsError, match="cannot read"):
         Tokens(tmp_path / "none.json", "<image>", 7)
-
-
-def test_float32_scope_restores_the_callers_settings() -> None:
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
-    try:
-        with run.true_float32():
-            assert matmul.fp32_precision == "ieee" and torch.backends.cudnn.conv.fp32_precision == "ieee"
-        assert matmul.fp32_precision == "tf32"
-    finally:
-        matmul.fp32_precision = before
 
 
 def test_modules_are_trainable(tiny_engine: Engine) -> None:

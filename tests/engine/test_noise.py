@@ -32,3 +32,9 @@ def test_tape_replays_and_checks_its_length() -> None:
     assert tape.head_start(0, torch.tensor([2]), 4).sum() == 4
     with pytest.raises(ValueError, match="3 tokens, the request 4"):
         tape.order(4)
+    with pytest.raises(ValueError, match=r"holds \(5, 1, 4\) for round 0, the request needs \(6, 1, 4\)"):
+        tape.head_steps(0, torch.tensor([2]), 4, 6)
+    with pytest.raises(ValueError, match="holds nothing for round 1"):
+        tape.head_start(1, torch.tensor([2]), 4)
+    with pytest.raises(ValueError, match="permutation"):
+        Tape(torch.tensor([2, 2, 1]), {}, {})

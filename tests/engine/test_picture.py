@@ -309,3 +309,12 @@ def test_tensors_become_pictures():
     images = picture.to_images(levels)
     assert [image.size for image in images] == [(6, 4)] * 2
     assert np.array_equal(np.asarray(images[1]), levels[1].numpy())
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_fitted_mask_keeps_the_smallest_spot(crop: bool) -> None:
+    mask = Image.new("L", (900, 600))
+    mask.putpixel((450, 299), 255)
+    fitted = picture.fit_mask(mask, (48, 48) if crop else (64, 48), crop)
+    assert fitted.mode == "L" and fitted.getextrema() == (0, 255)
+    assert np.asarray(fitted).sum() == 255

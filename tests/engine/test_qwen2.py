@@ -46,8 +46,9 @@ def pair() -> tuple[Qwen2, torch.nn.Module]:
     return ours, theirs
 
 
-def cache(capacity: int) -> KVCache:
-    return KVCache(CONFIG.layers, CONFIG.kv_heads, capacity, CONFIG.head_dim, torch.float32, torch.device("cpu"))
+def cache(capacity: int, base: KVCache | None = None) -> KVCache:
+    cpu = torch.device("cpu")
+    return KVCache(CONFIG.layers, CONFIG.kv_heads, capacity, CONFIG.head_dim, torch.float32, cpu, base)
 
 
 def reference(theirs: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -90,8 +91,23 @@ def test_cutting_back_forgets_without_touching_memory(pair: tuple[Qwen2, torch.n
     ours.extend(other, kept)
     kept.cut(0)
     assert torch.equal(ours.extend(x, kept), first) and kept.keys.data_ptr() == before
-    fork = kept.fork(20)
-    assert fork.length == 8 and torch.equal(fork.prefix(1)[0], kept.prefix(1)[0])
+    with pytest.raises(ValueError, match="cannot cut"):
+        kept.cut(9)
+
+
+def test_prompts_share_what_they_have_in_common(pair: tuple[Qwen2, torch.nn.Module]) -> None:
+    ours, theirs = pair
+    picture, tail = torch.randn(1, 7, CONFIG.width), torch.randn(1, 3, CONFIG.width)
+    base = cache(7)
+    ours.extend(picture, base)
+    kept = cache(3, base)
+    got = ours.extend(tail, kept)
+    torch.testing.assert_close(got, reference(theirs, torch.cat([picture, tail], 1))[:, -3:], atol=1e-4, rtol=1e-4)
+    assert kept.length == 10 and base.length == 7 and kept.prefix(0)[0].shape[1] == 10
+    kept.cut(7)
+    assert torch.equal(ours.extend(tail, kept), got)
+    with pytest.raises(ValueError, match="cannot cut"):
+        kept.cut(6)
 
 
 def test_cache_refuses_what_does_not_fit() -> None:

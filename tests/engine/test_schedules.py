@@ -29,12 +29,20 @@ def test_every_token_is_revealed_once_and_known_ones_never(masked: int, steps: i
             assert not known & set(predicted)
             known |= set(predicted)
         assert known == set(range(48))
-    assert plan.rounds[-1].left == 0
 
 
 def test_tokens_are_revealed_from_the_end_of_the_order() -> None:
     plan = reveal_rounds(torch.tensor([[3, 1, 2, 0]]), 2, 2, 2)
     assert [step.predicted.tolist() for step in plan.rounds] == [[[0, 2]], [[1, 3]]]
+
+
+def test_linear_guidance_equals_the_recorded_scales(goldens: Path) -> None:
+    recorded = load_file(goldens / "cases" / "t2i_linear_b2.safetensors")
+    case = json.loads((goldens / "cases" / "t2i_linear_b2.json").read_text())
+    plan = reveal_rounds(recorded["orders"].long(), *case["image_shape"], case["num_iter"])
+    for step in plan.rounds:
+        scale = guidance_at("linear", case["cfg"], step.left)
+        assert scale == pytest.approx(recorded[f"step{step.index}.cfg"].item(), abs=1e-6), step.index
 
 
 def test_linear_guidance_grows_with_what_is_revealed() -> None:

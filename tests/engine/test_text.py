@@ -21,6 +21,10 @@ def test_nucleus_draws_only_inside_top_p_in_proportion() -> None:
     assert set(everything) == {0, 1, 2, 3}
 
 
+def test_a_tiny_temperature_is_greedy() -> None:
+    assert pick(torch.tensor([1.0, 5.0, 2.0]), 1e-39, 1.0, PhiloxNoise(1), 0) == 1
+
+
 def run(logits: list[list[float]], **options: float) -> tuple[list[int], list[list[int]]]:
     asked: list[list[int]] = []
 

@@ -95,3 +95,17 @@ def test_resolving_names_the_reason() -> None:
         resolve("flash-attn", cpu, torch.bfloat16)
     with pytest.raises(UnsupportedDeviceError, match="choose from auto, sdpa"):
         resolve("magic", cpu, torch.bfloat16)
+
+
+def test_a_broken_package_is_named_or_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    from unipic_run.engine.layers import attention as door
+
+    monkeypatch.setattr(door, "installed", lambda name: True)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # importing it fails
+    cuda = torch.device("cuda")
+    with pytest.warns(UserWarning, match="installed but broken"):
+        assert resolve("auto", cuda, torch.bfloat16) == Attention("sdpa")
+    with pytest.raises(UnsupportedDeviceError, match="installed but broken"):
+        resolve("flash-attn", cuda, torch.bfloat16)
+    with pytest.raises(UnsupportedDeviceError, match="not float32 on cuda"):
+        resolve("flash-attn", cuda, torch.float32)

@@ -25,11 +25,12 @@ def check_prompts(config: UniPicConfig, tokens: Tokens, task: Task, prompts: Seq
     for text, said in texts.items():
         refuse_placeholder(said)
         images = 1 + text.count(IMAGE)  # the one to make, and the source of an edit
-        used = len(tokens.encode(text)) + images * picture
+        words = len(tokens.encode(text)) - text.count(IMAGE)
+        used = words + images * picture
         if used > config.llm.max_positions:
             size = f"{task.columns * PATCH}x{task.rows * PATCH}"
             raise UsageError(
-                f"a prompt of {used - images * picture} tokens with a picture of {size} takes {used} positions, "
+                f"a prompt of {words} tokens with a picture of {size} takes {used} positions, "
                 f"the model has {config.llm.max_positions}",
                 "shorten the prompt or make the picture smaller",
             )
@@ -44,7 +45,7 @@ def check_question(config: UniPicConfig, tokens: Tokens, picture: int, question:
     if used > config.llm.max_positions:
         raise UsageError(
             f"picture, question and {limit} new tokens take {used} positions, the model has {config.llm.max_positions}",
-            "lower --max-new-tokens or --res, or ask something shorter",
+            "use fewer max_new_tokens or a smaller res, or ask something shorter",
         )
     return room
 

@@ -147,7 +147,7 @@ def prefill(model: UniPic, tokens: Tokens, text: str, seen: KVCache | None) -> K
     """The cache of one prompt; with `seen`, only what follows the image is computed."""
     weight = model.embed.weight
     ids = tokens.encode(text if seen is None else text.partition(IMAGE)[2])
-    cache = new_cache(model, len(ids), weight) if seen is None else seen.fork(seen.length + len(ids))
+    cache = new_cache(model, len(ids), weight, base=seen)
     model.llm.extend(model.embed(as_row(ids, weight)), cache)
     return cache
 
@@ -172,9 +172,9 @@ def next_logits(model: UniPic, cache: KVCache, ids: Sequence[int]) -> Tensor:
     return F.linear(hidden[0, -1], model.embed.weight).float()
 
 
-def new_cache(model: UniPic, capacity: int, like: Tensor) -> KVCache:
+def new_cache(model: UniPic, capacity: int, like: Tensor, base: KVCache | None = None) -> KVCache:
     c = model.config.llm
-    return KVCache(c.layers, c.kv_heads, capacity, c.head_dim, like.dtype, like.device)
+    return KVCache(c.layers, c.kv_heads, capacity, c.head_dim, like.dtype, like.device, base)
 
 
 class Sampler:
@@ -245,7 +245,10 @@ def sample(model: UniPic, conditions: Conditions, task: Task, batch: Batch, roun
 
 
 def decode(model: UniPic, tokens: Tensor, rows: int, columns: int) -> Tensor:
-    """Latent tokens (B, n, 16) to pixels (B, 16 rows, 16 columns, 3) uint8."""
+    """Latent tokens (B, n, 16) to pixels (B, 16 rows, 16 columns, 3), about [-1, 1], one image at a time.
+
+    The widest maps of the VAE take about 1 GiB an image at 1024x1024 in bfloat16: a batch must not multiply that.
+    """
     latents = (tokens / model.config.vae_scale).transpose(1, 2).unflatten(2, (rows, columns))
-    pixels = model.vae_decoder(latents).float()
-    return (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    pixels = torch.cat([model.vae_decoder(image) for image in latents.split(1)])
+    return pixels.permute(0, 2, 3, 1)

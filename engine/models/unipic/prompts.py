@@ -7,10 +7,10 @@ UNCONDITIONAL = {"generate": "Generate an image.", "inpaint": "Generate an image
 
 
 def turn(kind: str, text: str) -> str:
-    """The prompt of a conditional row. Text to image takes the prompt verbatim, the other tasks strip it."""
+    """The prompt of a conditional row. Only an editing instruction is stripped, as the released scripts do."""
     if kind in ("generate", "inpaint"):
         return TURN.format(f"Generate an image: {text}")
-    return TURN.format(f"{IMAGE}\n{text.strip()}")
+    return TURN.format(f"{IMAGE}\n{text.strip() if kind == 'edit' else text}")
 
 
 def unconditional_turn(kind: str, negative: str | None) -> str:

@@ -1,0 +1,39 @@
+"""float32 means float32: no TF32 or bfloat16 shortcuts inside matrix products while an engine computes.
+
+Torch's switches are global to the process, and several engines may run at once: the first one in turns them off, the
+last one out restores what the caller had.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_lock = threading.Lock()
+_inside = 0
+_before: list[str] = []
+
+
+@contextmanager
+def true_float32() -> Iterator[None]:
+    global _inside, _before
+    with _lock:
+        if _inside == 0:
+            _before = [scope.fp32_precision for scope in _scopes()]
+            for scope in _scopes():
+                scope.fp32_precision = "ieee"
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                for scope, precision in zip(_scopes(), _before, strict=True):
+                    scope.fp32_precision = precision
+
+
+def _scopes() -> list:
+    cuda, cpu = torch.backends.cudnn, torch.backends.mkldnn
+    return [torch.backends.cuda.matmul, cuda.conv, cuda.rnn, cpu.matmul, cpu.conv, cpu.rnn]

@@ -1,0 +1,133 @@
+"""One call at a time, streams that are left open, precision switches of the process, and memory that runs out."""
+
+import threading
+import weakref
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from unipic_run import Engine
+from unipic_run.engine.device import out_of_memory
+from unipic_run.engine.errors import BudgetError, UsageError
+from unipic_run.engine.precision import true_float32
+
+QUICK = {"res": 64, "steps": 3}
+PHOTO = Image.new("RGB", (40, 30), "orange")
+pytestmark = pytest.mark.filterwarnings("ignore::unipic_run.engine.errors.UnipicWarning")
+
+
+def in_thread(work: Callable[[], object]) -> list[object]:
+    """What `work` returned or raised in another thread; fails if it hangs."""
+    outcome: list[object] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout=30)
+    assert not thread.is_alive(), "hangs"
+    return outcome
+
+
+def test_abandoned_stream_releases_the_engine(tiny_engine: Engine) -> None:
+    for _ in tiny_engine.ask(PHOTO, "what is this?", res=64, stream=True):
+        break
+    assert tiny_engine.generate("a cat", **QUICK).images
+
+
+def test_a_call_inside_a_stream_is_refused_instead_of_hanging(tiny_engine: Engine) -> None:
+    stream = tiny_engine.ask(PHOTO, "what is this?", res=64, stream=True)
+    next(stream)
+    with pytest.raises(UsageError, match="busy with a call of the same thread"):
+        tiny_engine.generate("a cat", **QUICK)
+    stream.close()
+    assert tiny_engine.generate("a cat", **QUICK).images
+
+
+def test_a_stream_may_wander_between_threads(tiny_engine: Engine) -> None:
+    stream = tiny_engine.ask(PHOTO, "what is this?", res=64, stream=True)
+    next(stream)
+
+    def go_on() -> object:
+        next(stream)
+        return tiny_engine.generate("a cat", **QUICK)
+
+    (outcome,) = in_thread(go_on)
+    assert isinstance(outcome, UsageError), "the thread that read last is the one that would wait for itself"
+    stream.close()
+
+
+def test_threads_take_turns(tiny_engine: Engine) -> None:
+    log: list[int] = []
+
+    def work(number: int) -> None:
+        tiny_engine.generate("a cat", on_event=lambda event: log.append(number), **QUICK)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(a != b for a, b in pairwise(log)) == 2 and len(log) == 3 * 5
+
+
+def test_leaving_the_block_ends_open_streams_and_keeps_the_users_error(
+    tiny_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNIPIC_RUN_CACHE", str(tmp_path))
+    with pytest.raises(ZeroDivisionError), Engine.from_pretrained(tiny_release, device="cpu") as engine:
+        model = weakref.ref(engine.loaded.model)
+        stream = engine.ask(PHOTO, "what is this?", res=64, stream=True)
+        next(stream)
+        raise ZeroDivisionError
+    assert list(stream) == [] and model() is None
+    with pytest.raises(UsageError, match="closed"):
+        engine.generate("a cat")
+
+
+def test_float32_scope_restores_the_callers_settings_after_the_last_engine() -> None:
+    scope = torch.backends.cuda.matmul
+    before, scope.fp32_precision = scope.fp32_precision, "tf32"
+    try:
+        first, second = true_float32(), true_float32()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert scope.fp32_precision == "ieee" and torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+        second.__exit__(None, None, None)
+        assert scope.fp32_precision == "tf32"
+    finally:
+        scope.fp32_precision = before
+
+
+class Big:
+    """Something a failed frame holds."""
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 9 bytes"), MemoryError()],
+)
+def test_running_out_of_memory_frees_what_the_failed_call_held(failure: Exception) -> None:
+    held: list[weakref.ref] = []
+
+    def work() -> None:
+        big = Big()
+        held.append(weakref.ref(big))
+        raise failure
+
+    with pytest.raises(BudgetError, match="out of memory while painting"), out_of_memory("painting"):
+        work()
+    assert held[0]() is None
+
+
+def test_other_errors_pass_through() -> None:
+    with pytest.raises(RuntimeError, match="mine"), out_of_memory("painting"):
+        raise RuntimeError("mine")
