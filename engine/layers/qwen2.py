@@ -15,6 +15,7 @@ from ...kernels.norms import rms_norm
 from ...kernels.rope import rope
 from ..kv_cache import KVCache
 from .attention import Attention, prefix_attention
+from .linear import Linear
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ class Qwen2Layer(nn.Module):
         self.config = config
         query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.input_norm = RMSNorm(config.width, config.norm_eps)
-        self.qkv = nn.Linear(config.width, query + 2 * key)
-        self.o = nn.Linear(query, config.width, bias=False)
+        self.qkv = Linear(config.width, query + 2 * key)
+        self.o = Linear(query, config.width, bias=False)
         self.post_norm = RMSNorm(config.width, config.norm_eps)
-        self.gate_up = nn.Linear(config.width, 2 * config.mlp, bias=False)
-        self.down = nn.Linear(config.mlp, config.width, bias=False)
+        self.gate_up = Linear(config.width, 2 * config.mlp, bias=False)
+        self.down = Linear(config.mlp, config.width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mix: Mix) -> Tensor:
         """x (R, L, D); `mix` maps rotated q (R, H, L, d), k and v (R, K, L, d) to attention's output, shaped as q."""

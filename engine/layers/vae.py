@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.attention import attention
+from .linear import Conv2d
 
 GROUPS = 32
 NORM_EPS = 1e-6
@@ -35,10 +36,10 @@ class ResBlock(nn.Module):
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
         self.norm1 = group_norm(width_in)
-        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.conv1 = Conv2d(width_in, width, 3, padding=1)
         self.norm2 = group_norm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
+        self.conv2 = Conv2d(width, width, 3, padding=1)
+        self.nin_shortcut = Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -52,10 +53,10 @@ class SpatialAttention(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = group_norm(width)
-        self.q = nn.Conv2d(width, width, 1)
-        self.k = nn.Conv2d(width, width, 1)
-        self.v = nn.Conv2d(width, width, 1)
-        self.proj_out = nn.Conv2d(width, width, 1)
+        self.q = Conv2d(width, width, 1)
+        self.k = Conv2d(width, width, 1)
+        self.v = Conv2d(width, width, 1)
+        self.proj_out = Conv2d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
@@ -69,7 +70,7 @@ class SpatialAttention(nn.Module):
 class Downsample(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
+        self.conv = Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only
@@ -78,7 +79,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.conv = Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -120,7 +121,7 @@ class VAEEncoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         widths, last = config.widths, len(config.widths) - 1
-        self.conv_in = nn.Conv2d(3, config.base, 3, padding=1)
+        self.conv_in = Conv2d(3, config.base, 3, padding=1)
         self.down = nn.ModuleList(
             Level(
                 widths[level - 1] if level else config.base,
@@ -133,8 +134,8 @@ class VAEEncoder(nn.Module):
         )
         self.mid = Middle(widths[-1])
         self.norm_out = group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent, 3, padding=1)
-        self.quant_conv = nn.Conv2d(2 * config.latent, 2 * config.latent, 1)
+        self.conv_out = Conv2d(widths[-1], 2 * config.latent, 3, padding=1)
+        self.quant_conv = Conv2d(2 * config.latent, 2 * config.latent, 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, 16 m, 16 w) in [-1, 1] to the posterior [mean | log variance], (B, 2 latent, m, w)."""
@@ -148,8 +149,8 @@ class VAEDecoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         widths, last = config.widths, len(config.widths) - 1
-        self.post_quant_conv = nn.Conv2d(config.latent, config.latent, 1)
-        self.conv_in = nn.Conv2d(config.latent, widths[-1], 3, padding=1)
+        self.post_quant_conv = Conv2d(config.latent, config.latent, 1)
+        self.conv_in = Conv2d(config.latent, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1])
         self.up = nn.ModuleList(
             Level(
@@ -162,7 +163,7 @@ class VAEDecoder(nn.Module):
             for level, width in enumerate(widths)
         )
         self.norm_out = group_norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.conv_out = Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         """latents (B, latent, m, w) to pixels (B, 3, 16 m, 16 w), about [-1, 1]."""

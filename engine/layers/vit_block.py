@@ -3,8 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.linear import linear
 from ...kernels.mar_tokens import select_tokens
 from .attention import Attention
+from .linear import Linear
 
 NORM_EPS = 1e-6
 
@@ -14,11 +16,11 @@ class ViTBlock(nn.Module):
         super().__init__()
         self.heads, self.attend = heads, attend
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.fc1 = nn.Linear(width, mlp)
-        self.fc2 = nn.Linear(mlp, width)
+        self.fc1 = Linear(width, mlp)
+        self.fc2 = Linear(mlp, width)
 
     def forward(self, x: Tensor, only: Tensor | None = None) -> Tensor:
         """x (B, L, D). With `only` (B, N), just those rows are computed and returned, (B, N, D).
@@ -31,8 +33,8 @@ class ViTBlock(nn.Module):
         else:
             width = x.shape[-1]
             x = select_tokens(x, only)
-            (q,) = self.heads_of(F.linear(select_tokens(normed, only), self.qkv.weight[:width], self.qkv.bias[:width]))
-            k, v = self.heads_of(F.linear(normed, self.qkv.weight[width:], self.qkv.bias[width:]))
+            (q,) = self.heads_of(linear(select_tokens(normed, only), self.qkv.weight[:width], self.qkv.bias[:width]))
+            k, v = self.heads_of(linear(normed, self.qkv.weight[width:], self.qkv.bias[width:]))
         mixed = self.attend(q, k, v)  # (B, H, L or N, d)
         x = x + self.proj(mixed.transpose(1, 2).flatten(2))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ....kernels.ddpm_step import DDPMStep, ddpm_step
 from ....kernels.norms import modulated_layer_norm
+from ...layers.linear import Linear
 from .config import HeadConfig
 
 NORM_EPS = 1e-6
@@ -29,9 +30,9 @@ class HeadBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.fc1 = nn.Linear(width, width)
-        self.fc2 = nn.Linear(width, width)
-        self.modulation = nn.Linear(width, 3 * width)
+        self.fc1 = Linear(width, width)
+        self.fc2 = Linear(width, width)
+        self.modulation = Linear(width, 3 * width)
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
         """h (N, W) state, y (N, W) = SiLU of the condition."""
@@ -43,8 +44,8 @@ class HeadBlock(nn.Module):
 class FinalLayer(nn.Module):
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, 2 * channels)
-        self.modulation = nn.Linear(width, 2 * width)
+        self.linear = Linear(width, 2 * channels)
+        self.modulation = Linear(width, 2 * width)
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
         shift, scale = self.modulation(y).chunk(2, dim=-1)
@@ -56,9 +57,9 @@ class DiffusionHead(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        self.time_embed = nn.Sequential(nn.Linear(config.frequencies, width), nn.SiLU(), nn.Linear(width, width))
-        self.cond_embed = nn.Linear(config.condition, width)
-        self.input_proj = nn.Linear(config.channels, width)
+        self.time_embed = nn.Sequential(Linear(config.frequencies, width), nn.SiLU(), Linear(width, width))
+        self.cond_embed = Linear(config.condition, width)
+        self.input_proj = Linear(config.channels, width)
         self.blocks = nn.ModuleList(HeadBlock(width) for _ in range(config.depth))
         self.final = FinalLayer(width, config.channels)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ....kernels.mar_tokens import embed_visible, grid_positions, place_tokens
 from ...layers.attention import Attention
+from ...layers.linear import Linear
 from ...layers.vit_block import NORM_EPS, ViTBlock
 from .config import MarConfig
 
@@ -21,7 +22,7 @@ class MarEncoder(nn.Module):
         width = config.width
         self.buffer = config.buffer
         self.fake_latent = nn.Parameter(torch.empty(1, width))
-        self.z_proj = nn.Linear(config.channels, width)
+        self.z_proj = Linear(config.channels, width)
         self.z_proj_ln = nn.LayerNorm(width, eps=NORM_EPS)
         self.pos_embed = nn.Parameter(torch.empty(1, config.buffer + config.grid**2, width))
         self.blocks = nn.ModuleList(
@@ -48,7 +49,7 @@ class MarDecoder(nn.Module):
         super().__init__()
         width = config.width
         self.buffer = config.buffer
-        self.embed = nn.Linear(width, width)
+        self.embed = Linear(width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, config.buffer + config.grid**2, width))
         self.diffusion_pos_embed = nn.Parameter(torch.empty(1, config.grid**2, width))

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ....kernels.linear import linear
 from ....kernels.mar_tokens import select_tokens
 from ...kv_cache import KVCache
 from ...layers.attention import Attention
+from ...layers.linear import Linear
 from ...layers.qwen2 import Qwen2
 from ...layers.vae import VAEDecoder, VAEEncoder
 from ...noise import Noise
@@ -65,7 +66,7 @@ def attention_backend(model: UniPic) -> str:
 
 
 def projection(width_in: int, inner: int, width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width_in, inner), nn.SiLU(), nn.Linear(inner, width))
+    return nn.Sequential(Linear(width_in, inner), nn.SiLU(), Linear(inner, width))
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def question_ids(tokens: Tokens, question: str) -> list[int]:
 def next_logits(model: UniPic, cache: KVCache, ids: Sequence[int]) -> Tensor:
     """Append ids to the cached text; logits (vocab) float32 of the token after them."""
     hidden = model.llm.extend(model.embed(as_row(ids, model.embed.weight)), cache)
-    return F.linear(hidden[0, -1], model.embed.weight).float()
+    return linear(hidden[0, -1], model.embed.weight).float()
 
 
 def new_cache(model: UniPic, capacity: int, like: Tensor, base: KVCache | None = None) -> KVCache:

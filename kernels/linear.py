@@ -1,0 +1,41 @@
+"""Matrix product and convolution with bias, y = x W^T + b.
+
+On CPUs without bfloat16 or float16 arithmetic torch computes these in software, 4 times slower than converting the
+operands to float32 first (320 rows, 1536 to 8960, two AVX2 cores). A few rows are not worth converting a matrix for.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEW_ROWS = 32
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., K), weight (N, K), bias (N) in one dtype; returns (..., N)."""
+    if x.numel() // x.shape[-1] < FEW_ROWS or not in_software(x):
+        return F.linear(x, weight, bias)
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+    """x (B, C, h, w), weight (N, C, k, k), bias (N) in one dtype."""
+    if not in_software(x):
+        return F.conv2d(x, weight, bias, stride, padding)
+    return F.conv2d(x.float(), weight.float(), bias.float(), stride, padding).to(x.dtype)
+
+
+def in_software(x: Tensor) -> bool:
+    """Whether torch has to emulate the arithmetic of x's dtype where x is."""
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not _native(x.dtype)
+
+
+@cache
+def _native(dtype: torch.dtype) -> bool:
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    try:
+        return bool(getattr(torch.ops.mkldnn, name)())
+    except (AttributeError, RuntimeError):  # a torch without oneDNN: whatever it does is all there is
+        return True
