@@ -204,10 +204,13 @@ def convert(
     quiet: o.Quiet = False,
 ) -> None:
     """Turn a released checkpoint into safetensors once, without running anything in it; prints the folder."""
+    from unipic_run.engine.checkpoint import manifest
     from unipic_run.engine.checkpoint.convert import convert as convert_folder
 
     terminal = _terminal(ctx, as_json, quiet)
     folder = convert_folder(src, dst, terminal.progress)
+    if ignored := manifest.read(folder)["source"].get("ignored"):
+        terminal.say(f"left out, since this model does not use them: {', '.join(ignored)}")
     terminal.data |= {"path": str(folder)}
     terminal.line(str(folder))
 

@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from .checkpoint.cache import again
 from .checkpoint.config_file import read_config_file
 from .errors import CorruptWeightsError, UsageError
 
@@ -58,10 +59,8 @@ def read(folder: Path) -> tuple[Family, Any]:
     config = getattr(import_module(f".models.{family.package}.config", __package__), family.config)
     try:
         return family, config.from_json(data["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptWeightsError(
-            f"{folder}/config.json is damaged ({error!r:.200})", "convert the model again"
-        ) from None
+    except ValueError as error:
+        raise CorruptWeightsError(f"{folder}/config.json is damaged ({error})", again(folder)) from None
 
 
 def released(name: str) -> Any:

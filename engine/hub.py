@@ -4,10 +4,9 @@ The first pull turns a branch into a commit and writes it down with the hub's ow
 on that commit and need no network, until `revision` moves it. Nothing that is fetched is ever run.
 """
 
+import hashlib
 import os
 import re
-import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,14 @@ from typing import Any
 
 from . import families, pins
 from .checkpoint import manifest
+from .checkpoint.cache import cache_root, models_folder
 from .checkpoint.manifest import Progress
 from .errors import CorruptWeightsError, ModelMissingError, UsageError
 from .pins import Pin
 
 Say = Callable[[str], None]
 
+SHOWN = 3  # models that a message names
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
@@ -49,27 +50,14 @@ def resolve(
     A short name wins over a folder of that name, a folder over a hub id. `say` gets one sentence before anything slow.
     Raises UsageError, ModelMissingError, CorruptWeightsError, OutputError.
     """
-    say = say or (lambda sentence: None)
-    name = str(model)
-    if name in families.FAMILIES:
-        return _from_hub(families.FAMILIES[name].hub, revision, offline, on_progress, say)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise UsageError(f"{name} is a folder, which has no revision {revision!r}", "leave the revision out")
-        return _from_folder(folder, on_progress, say)
-    if _HUB_ID.fullmatch(name) and ".." not in name and not folder.exists():
-        return _from_hub(name, revision, offline, on_progress, say)
-    raise ModelMissingError(
-        f"{name} is no folder, no hub id (org/name) and no known name ({', '.join(families.FAMILIES)})", works_now()
-    )
+    return _resolve(model, revision, offline, _Job(on_progress, say or _silent, fully=False))
 
 
 def pull(
     model: str, revision: str | None = None, on_progress: Progress | None = None, say: Say | None = None
 ) -> LocalModel:
-    """Fetch and convert `model`, then describe it."""
-    return describe(resolve(model, revision, False, on_progress, say))
+    """Fetch and convert `model`, then describe it; what is here already is hashed, and made again if damaged."""
+    return describe(_resolve(model, revision, False, _Job(on_progress, say or _silent, fully=True)))
 
 
 def describe(folder: Path) -> LocalModel:
@@ -97,7 +85,7 @@ def _origin(source: object, family: families.Family) -> tuple[str, str]:
 def list_models() -> list[LocalModel]:
     """Every converted model in the cache, then the known families that are not there."""
     rows = []
-    models = cache_root() / "models"
+    models = models_folder()
     for folder in sorted(models.iterdir()) if models.is_dir() else []:
         if (folder / manifest.NAME).is_file() and ".partial-" not in folder.name:
             try:
@@ -114,56 +102,105 @@ def list_models() -> list[LocalModel]:
 def works_now() -> str:
     """What a user without the wanted model can run at once, as half a sentence."""
     here = [str(row.path) for row in list_models() if row.path is not None and row.family != "?"]
-    return f"on this machine: {', '.join(here) or 'no model yet'}; `--model FOLDER` runs any checkpoint you have"
+    more = f" and {len(here) - SHOWN} more (`unipic-run list`)" if len(here) > SHOWN else ""
+    known = ", ".join(here[:SHOWN]) or "no model yet"
+    return f"on this machine: {known}{more}; `--model FOLDER` runs any checkpoint you have"
 
 
-def cache_root() -> Path:
-    """UNIPIC_RUN_CACHE, or `unipic-run` in the system's cache folder. Creates nothing."""
-    if chosen := os.environ.get("UNIPIC_RUN_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    elif sys.platform == "darwin":
-        base = "~/Library/Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "unipic-run"
+@dataclass(frozen=True)
+class _Job:
+    """Who hears of slow work, and how well what is here already is looked at."""
+
+    on_progress: Progress | None
+    say: Say
+    fully: bool  # hash every file, not only see that it is there
+
+    def check(self, folder: Path) -> dict[str, Any]:
+        """The manifest of a whole folder. Raises CorruptWeightsError, ModelMissingError."""
+        if not self.fully:
+            return manifest.check(folder)
+        self.say(f"checking every file of {folder}")
+        return manifest.verify(folder, self.on_progress)
+
+    def whole(self, dst: Path) -> dict[str, Any] | None:
+        """The manifest of a folder of the cache; None if it has to be made (again)."""
+        try:
+            return self.check(dst) if dst.exists() else None
+        except (CorruptWeightsError, ModelMissingError) as error:
+            self.say(f"{error.what}: it is made again, and the damaged copy removed")
+            return None
+
+    def convert(self, src: Path, dst: Path, family: str, origin: dict[str, Any] | None = None) -> None:
+        """Make or replace `dst`, and say what was left out."""
+        from .checkpoint.convert import convert
+
+        check = manifest.verify if self.fully else manifest.check
+        convert(src, dst, self.on_progress, family, origin, replace=check)
+        if ignored := manifest.read(dst)["source"].get("ignored"):
+            self.say(f"left out, since the model has no place for them: {', '.join(map(ascii, ignored))}")
 
 
-def _from_folder(folder: Path, on_progress: Progress | None, say: Say) -> Path:
-    from .checkpoint.convert import cache_key, convert, is_converted  # torch is imported only where weights are read
+def _resolve(model: str | Path, revision: str | None, offline: bool, job: _Job) -> Path:
+    """As `resolve`; what is here already and damaged, as far as `job` looks, is made again."""
+    name = str(model)
+    if name in families.FAMILIES:
+        return _from_hub(families.FAMILIES[name].hub, revision, offline, job)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise UsageError(f"{name} is a folder, which has no revision {revision!r}", "leave the revision out")
+        return _from_folder(folder, job)
+    if _HUB_ID.fullmatch(name) and ".." not in name and not folder.exists():
+        return _from_hub(name, revision, offline, job)
+    raise ModelMissingError(
+        f"{name} is no folder, no hub id (org/name) and no known name ({', '.join(families.FAMILIES)})", works_now()
+    )
+
+
+def _from_folder(folder: Path, job: _Job) -> Path:
+    from .checkpoint.convert import is_converted, is_made_of, state  # torch is imported only where weights are read
 
     if is_converted(folder):
-        manifest.check(folder)
+        job.check(folder)
         return folder
     family = next((name for name in families.FAMILIES if families.released(name).is_released(folder)), None)
     if family is None:
         raise ModelMissingError(f"{folder} holds neither a converted nor a released checkpoint", works_now())
-    name = re.sub(r"[^\w.-]", "_", folder.resolve().name)
-    dst = cache_root() / "models" / f"local-{name}-{cache_key(folder, family)}"
-    if not _is_good(dst, say):
-        say(f"converting {folder} once, into {dst}")
-        convert(folder, dst, on_progress, family)
+    path = folder.resolve()
+    key = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]  # of the place only: what lies there replaces what lay
+    name = re.sub(r"[^\w.-]", "_", path.name)
+    dst = models_folder() / f"local-{name}-{key}"
+    found = job.whole(dst)
+    if found is None or not is_made_of(found, state(folder, family)):
+        job.say(f"converting {folder} {'again, since it has changed' if found else 'once'}, into {dst}")
+        job.convert(folder, dst, family)
     return dst
 
 
-def _from_hub(repo: str, revision: str | None, offline: bool, on_progress: Progress | None, say: Say) -> Path:
-    from .checkpoint.convert import convert
-
+def _from_hub(repo: str, revision: str | None, offline: bool, job: _Job) -> Path:
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     family = next((f for f in families.FAMILIES.values() if f.hub == repo), families.FAMILIES["unipic"])
     pin_file = cache_root() / "pins" / f"{_slug(repo)}.json"
-    pin = pins.read(pin_file)
+    old = pin = pins.read(pin_file)
+    suspect = False
     if not _stays(pin, revision, offline):
         pin = _or_say(pins.find_cached if offline else pins.ask_hub, repo, revision or family.revision)
-    dst = cache_root() / "models" / f"{_slug(repo)}@{pin.commit[:12]}"
-    if not _is_good(dst, say):
+    elif not pin.files and not offline:  # found in a cache that kept no hashes: nothing has been compared so far
+        pin = pins.with_hashes(pin)
+        suspect = not pins.is_genuine(pin)
+    dst = models_folder() / f"{_slug(repo)}@{pin.commit[:12]}"
+    if suspect or job.whole(dst) is None:
         licence = _origin({"hub": pin.to_json()}, family)[1]
-        say(f"fetching {repo} at commit {pin.commit[:12]} (licence: {licence}; {family.note})")
-        snapshot = _or_say(pins.fetch, pin, offline, on_progress)
-        say(f"converting it once, into {dst}")
-        convert(snapshot, dst, on_progress, family.name, origin={"hub": pin.to_json()})
-    if pin != pins.read(pin_file):
+        job.say(f"fetching {repo} at commit {pin.commit[:12]} (licence: {licence}; {family.note})")
+        snapshot = _or_say(pins.fetch, pin, offline, job.on_progress)
+        job.say(f"converting it once, into {dst}")
+        try:
+            job.convert(snapshot, dst, family.name, {"hub": pin.to_json()})
+        except ModelMissingError as error:
+            what = f"the copy of {repo} on this machine is incomplete: {error.what}"
+            remedy = pins.pull_command(repo) if offline else "name a repository that holds all of it"
+            raise ModelMissingError(what, f"{remedy}; {works_now()}") from None
+    if pin != old:
         pins.write(pin_file, pin)
     return dst
 
@@ -183,17 +220,8 @@ def _stays(pin: Pin | None, revision: str | None, offline: bool) -> bool:
     return revision in (None, pin.commit) or (offline and revision == pin.revision)
 
 
-def _is_good(dst: Path, say: Say) -> bool:
-    """Whether the cache already holds `dst`, whole. A damaged copy is removed, since it can be made again."""
-    if not dst.exists():
-        return False
-    try:
-        manifest.check(dst)
-    except (CorruptWeightsError, ModelMissingError) as error:
-        say(f"{error.what}: removed, to be made again")
-        shutil.rmtree(dst, ignore_errors=True)
-        return False
-    return True
+def _silent(sentence: str) -> None:
+    pass
 
 
 def _slug(repo: str) -> str:

@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+import textwrap
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,28 @@ WANTED = ["pytorch_model.bin", "*/pytorch_model.bin", "kl16.ckpt", "*/kl16.ckpt"
 WANTED += [f"{where}Qwen*/{kind}" for where in ("", "*/") for kind in ("*.json", "*.txt")]
 UNWANTED = ["*siglip*", "*Qwen*/*.bin"]
 
+# The hub library's errors by class name, the more special one first: why, and what helps (in our words).
+_NO_NETWORK = ("the hub cannot be reached, {kind}", "check the network")
+CAUSES = {
+    "IncompleteSnapshotError": ("only a part of it is on this machine", "{pull}"),
+    "OfflineModeIsEnabled": ("the network is switched off and it is not on this machine", "{pull}"),
+    "HFValidationError": ("this is no name of a model", "give it as org/name"),
+    "GatedRepoError": (
+        "its page asks for consent first",
+        "consent at https://huggingface.co/{repo}, then set HF_TOKEN",
+    ),
+    "RepositoryNotFoundError": (
+        "the hub has no such model, or it is private",
+        "check the name; if private, set HF_TOKEN",
+    ),
+    "RevisionNotFoundError": ("the hub has no such revision", "choose one from https://huggingface.co/{repo}"),
+    "RemoteEntryNotFoundError": ("the hub has lost a file of it", "choose another revision"),
+    "HfHubHTTPError": ("the hub answered with the error {status}", "try again later"),
+    "LocalEntryNotFoundError": _NO_NETWORK,
+    "ConnectionError": _NO_NETWORK,
+    "TimeoutError": _NO_NETWORK,
+    "TransportError": _NO_NETWORK,
+}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -77,7 +100,7 @@ def find_cached(repo: str, revision: str) -> Pin:
     try:
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, **_patterns()))
     except Exception as error:
-        raise _unreachable(repo, revision, error) from None
+        raise _unreachable(repo, revision, error, offline=True) from None
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.rglob("*")):
         blob = path.resolve().name  # huggingface_hub names large blobs by the sha256 that the hub announced
@@ -86,6 +109,25 @@ def find_cached(repo: str, revision: str) -> Pin:
     pin = Pin(repo, revision, folder.name, files)
     _check(pin)
     return pin
+
+
+def with_hashes(pin: Pin) -> Pin:
+    """`pin` with the hub's file hashes, which a copy made by another tool may not carry; as it is if nobody answers."""
+    try:
+        return replace(pin, files=ask_hub(pin.repo, pin.commit).files)
+    except (ModelMissingError, CorruptWeightsError):
+        return pin
+
+
+def is_genuine(pin: Pin) -> bool:
+    """Whether the files that the hub's cache still holds are those that the hub announces."""
+    try:
+        fetch(pin, offline=True)
+    except ModelMissingError:
+        return True  # gone, or never whole: nothing speaks against it
+    except CorruptWeightsError:
+        return False
+    return True
 
 
 def fetch(pin: Pin, offline: bool, on_progress: Progress | None = None) -> Path:
@@ -105,9 +147,9 @@ def fetch(pin: Pin, offline: bool, on_progress: Progress | None = None) -> Path:
     except OSError as error:
         if error.errno is not None and not isinstance(error, ConnectionError) and not hasattr(error, "response"):
             raise OutputError(f"cannot store {pin.repo} ({error})", "make room, or set HF_HOME") from None
-        raise _unreachable(pin.repo, pin.commit, error) from None
+        raise _unreachable(pin.repo, pin.commit, error, offline) from None
     except Exception as error:
-        raise _unreachable(pin.repo, pin.commit, error) from None
+        raise _unreachable(pin.repo, pin.commit, error, offline) from None
     for name, entry in pin.files.items():
         _check_file(Path(folder) / name, name, entry, pin)
     return Path(folder)
@@ -115,7 +157,7 @@ def fetch(pin: Pin, offline: bool, on_progress: Progress | None = None) -> Path:
 
 def _check_file(path: Path, name: str, entry: dict[str, Any], pin: Pin) -> None:
     if not path.is_file():
-        raise ModelMissingError(f"{name} of {pin.repo} is not here", "pull the model again")
+        raise ModelMissingError(f"{name} of {pin.repo} is not on this machine", pull_command(pin.repo))
     found = manifest.sha256(path) if "sha256" in entry else _git_blob_id(path)
     if found != entry.get("sha256", entry.get("git")):
         path.resolve().unlink(missing_ok=True)  # or the next pull would find the same bytes
@@ -146,9 +188,24 @@ def _patterns() -> dict[str, Any]:
     return {"allow_patterns": WANTED, "ignore_patterns": UNWANTED}
 
 
-def _unreachable(repo: str, revision: str, error: Exception) -> ModelMissingError:
-    why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}" if str(error).strip() else repr(error)
-    return ModelMissingError(f"{repo} at {revision} could not be had ({why})", "check the name and the network")
+def pull_command(repo: str) -> str:
+    """The remedy for files that only the network has."""
+    return f"`unipic-run pull {repo}` fetches it, with the network on"
+
+
+def _unreachable(repo: str, revision: str, error: Exception, offline: bool = False) -> ModelMissingError:
+    """The library's own texts advise on its own options; ours say why and what helps here."""
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):  # not found, and why
+        error = error.__cause__
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    if offline:  # whatever else it says, nobody was asked
+        kinds = [*kinds[:1], "OfflineModeIsEnabled"]
+    name = next((kind for kind in CAUSES if kind in kinds), None)
+    detail = textwrap.shorten(f"{kinds[0]}: {error}", 160, placeholder=" ...")
+    why, remedy = CAUSES[name] if name else ("{detail}", "check the name and the network")
+    status = getattr(getattr(error, "response", None), "status_code", "unknown")
+    facts = {"repo": repo, "pull": pull_command(repo), "status": status, "kind": kinds[0], "detail": detail}
+    return ModelMissingError(f"{repo} at {revision} could not be had ({why.format(**facts)})", remedy.format(**facts))
 
 
 def _progress_bar(total: int, on_progress: Progress | None) -> type:

@@ -9,11 +9,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .checkpoint import manifest
+from .checkpoint.cache import again
 from .checkpoint.differences import refuse_differences
 from .checkpoint.manifest import Progress
 from .errors import CorruptWeightsError, ModelMissingError
-
-_AGAIN = "convert or pull the model again"
 
 
 def load(
@@ -32,7 +31,7 @@ def load(
     manifest.check(folder)
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
-        raise ModelMissingError(f"{folder} holds no safetensors", _AGAIN)
+        raise ModelMissingError(f"{folder} holds no safetensors", again(folder))
     wanted = module.state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     refuse_differences(expected, _shapes(paths), str(folder))
@@ -56,7 +55,7 @@ def _shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118
                 if name in shapes:
-                    raise CorruptWeightsError(f"tensor {name} is in two files, the second {path}", _AGAIN)
+                    raise CorruptWeightsError(f"tensor {name} is in two files, the second {path}", again(path.parent))
                 shapes[name] = tuple(file.get_slice(name).get_shape())
     return shapes
 
@@ -65,7 +64,8 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
-        raise CorruptWeightsError(f"{path} is not a whole safetensors file ({str(error)[:200]})", _AGAIN) from None
+        remedy = again(path.parent)
+        raise CorruptWeightsError(f"{path} is not a whole safetensors file ({str(error)[:200]})", remedy) from None
 
 
 def _read(
@@ -74,14 +74,16 @@ def _read(
     try:
         stored = file.get_tensor(name)
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
-        raise CorruptWeightsError(f"{path}: tensor {name} cannot be read ({str(error)[:200]})", _AGAIN) from None
+        remedy = again(path.parent)
+        raise CorruptWeightsError(f"{path}: tensor {name} cannot be read ({str(error)[:200]})", remedy) from None
     if stored.is_floating_point() != like.is_floating_point():
-        raise CorruptWeightsError(f"{path}: tensor {name} is {stored.dtype}, which is no {like.dtype}", _AGAIN)
+        what = f"{path}: tensor {name} is {stored.dtype}, which is no {like.dtype}"
+        raise CorruptWeightsError(what, again(path.parent))
     wanted = dtype if stored.is_floating_point() else like.dtype
     # A copy: what stays mapped would crash the process if the file shrank, and would lock the file on Windows.
     tensor = stored.to(device=device, dtype=wanted, copy=True)
     if not all(torch.isfinite(chunk).all() for chunk in tensor.reshape(-1).split(2**24)):
         finite = all(torch.isfinite(chunk).all() for chunk in stored.reshape(-1).split(2**24))
-        remedy = f"its values do not fit {wanted}: use bfloat16 or float32" if finite else _AGAIN
+        remedy = f"its values do not fit {wanted}: use bfloat16 or float32" if finite else again(path.parent)
         raise CorruptWeightsError(f"{path}: tensor {name} holds NaN or Inf", remedy)
     return tensor

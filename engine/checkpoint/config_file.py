@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptWeightsError, ModelMissingError
+from .cache import again
 
 FORMAT = 1
-_AGAIN = "convert or pull the model again"
 
 
 def write_config_file(folder: Path, family: str, config: dict[str, Any]) -> None:
@@ -29,5 +29,5 @@ def read_config_file(folder: Path) -> dict[str, Any]:
             f"{folder} holds no config.json", "give a folder that `convert` or `pull` made"
         ) from None
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-        raise CorruptWeightsError(f"{path} is damaged ({error})", _AGAIN) from None
+        raise CorruptWeightsError(f"{path} is damaged ({error})", again(folder)) from None
     return data

@@ -1,28 +1,33 @@
 """A released checkpoint -> our folder: `config.json`, safetensors shards, `tokenizer.json`, `manifest.json`.
 
 One pass, tensor by tensor, types kept. The shards are planned from shapes alone and their headers written first, so
-memory holds one tensor part at a time; parts of a fused tensor simply follow each other in the file.
+memory holds one tensor part at a time; parts of a fused tensor simply follow each other in the file, in the widest of
+their types.
 """
 
-import hashlib
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from .. import families
-from ..errors import CorruptWeightsError, OutputError
+from ..errors import CorruptWeightsError, ModelMissingError, OutputError
 from . import manifest
 from .config_file import write_config_file
+from .differences import SHOWN
 from .manifest import Progress
 
 SHARD = 2 * 10**9  # bytes
 SPARE = 16 * 2**20  # bytes of disk besides the tensors
 FINITE_CHUNK = 2**22  # elements looked at at once
+
+Check = Callable[[Path], dict[str, Any]]  # a folder's manifest, or an error: manifest.check or manifest.verify
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -46,38 +51,42 @@ def convert(
     on_progress: Progress | None = None,
     family: str = "unipic",
     origin: dict[str, Any] | None = None,
+    replace: Check | None = None,
 ) -> Path:
     """Convert the released folder `src` into the new folder `dst`; returns `dst`.
 
-    If `dst` already is the conversion of `src`, it is kept. `origin` is added to what the manifest says of the source.
-    Raises OutputError (exists, no space, not writable), ModelMissingError, CorruptWeightsError.
+    If `dst` is the conversion of `src` already, every file of it is verified and it is kept; anything else that is
+    there is an error. With `replace`, a `dst` that this check refuses, or that was made of something else, stays
+    visible until the new folder takes its place. `origin` is added to what the manifest says of the source.
+    Raises OutputError (exists, damaged, no space, not writable), ModelMissingError, CorruptWeightsError.
     """
     src, dst = Path(src), Path(dst).absolute()
     released = families.released(family)
-    source = {**(origin or {}), "folder": str(src.resolve()), "files": fingerprint(released.files(src))}
-    if _is_done(dst, source):
+    source = state(src, family)
+    if replace is None and _is_done(dst, source, partial(manifest.verify, on_progress=on_progress)):
         return dst
     with manifest.locked(dst):
-        if _is_done(dst, source):  # another process was faster
-            return dst
+        if _may_stay(dst, source, replace) if replace else _is_done(dst, source, manifest.check):
+            return dst  # another process was faster
         with released.Released(src) as checkpoint:
             total = sum(nbytes(tensor) for tensor in checkpoint.tensors.values())
             _check_space(dst.parent, total)
-            with manifest.publishing(dst, source, on_progress) as folder:
+            told = {**(origin or {}), **source, **_ignored(checkpoint.ignored)}
+            with manifest.publishing(dst, told, on_progress, replace is not None) as folder:
                 _write_small_files(folder, family, checkpoint)
                 _write_shards(folder, checkpoint, total, on_progress)
     return dst
 
 
-def fingerprint(paths: list[Path]) -> list[list[Any]]:
-    """[name, bytes, modification time in nanoseconds] of each file: equal only if nobody touched them."""
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+def state(src: Path, family: str) -> dict[str, Any]:
+    """What a conversion is made of: the folder, and of each file [name, bytes, modification time in nanoseconds]."""
+    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in families.released(family).files(src)]
+    return {"folder": str(src.resolve()), "files": files}
 
 
-def cache_key(src: Path, family: str) -> str:
-    """A name for the conversion of `src` as it is now: changes with its place, sizes and modification times."""
-    state = [str(src.resolve()), fingerprint(families.released(family).files(src))]
-    return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+def is_made_of(found: dict[str, Any], source: dict[str, Any]) -> bool:
+    """Whether the manifest `found` is that of a conversion of `source`, and nobody has touched the source since."""
+    return all(found["source"].get(key) == value for key, value in source.items())
 
 
 def plan_shards(tensors: dict[str, Any], limit: int = SHARD) -> list[Shard]:
@@ -102,13 +111,30 @@ def nbytes(tensor: Any) -> int:
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
-def _is_done(dst: Path, source: dict[str, Any]) -> bool:
-    """Whether `dst` is the conversion of `source`. Raises OutputError if it is anything else."""
+def _is_done(dst: Path, source: dict[str, Any], check: Check) -> bool:
+    """Whether `dst` is the conversion of `source` and passes `check`. Raises OutputError if it is anything else."""
     if not dst.exists():
         return False
-    if is_converted(dst) and manifest.check(dst)["source"] == source:
-        return True
+    try:
+        if is_converted(dst) and is_made_of(manifest.read(dst), source):
+            check(dst)
+            return True
+    except (CorruptWeightsError, ModelMissingError) as error:
+        raise OutputError(f"{dst} exists and is damaged ({error.what})", "delete it and convert again") from None
     raise OutputError(f"{dst} exists and is not the conversion of this checkpoint", "delete it or choose another name")
+
+
+def _may_stay(dst: Path, source: dict[str, Any], check: Check) -> bool:
+    try:
+        return dst.exists() and is_made_of(check(dst), source)
+    except (CorruptWeightsError, ModelMissingError):
+        return False
+
+
+def _ignored(names: list[str]) -> dict[str, list[str]]:
+    """What the manifest says of tensors that have no place in the model: some of them, and how many more."""
+    told = [name[:200] for name in names[:SHOWN]] + [f"and {len(names) - SHOWN} more"] * (len(names) > SHOWN)
+    return {"ignored": told} if told else {}
 
 
 def _check_space(folder: Path, total: int) -> None:
@@ -155,7 +181,7 @@ def _header(shard: Shard, tensors: dict[str, Any]) -> bytes:
 
 def _write_tensor(file: BinaryIO, name: str, tensor: Any) -> None:
     for checkpoint, record in tensor.parts:
-        values = checkpoint.read(record).reshape(-1)
+        values = checkpoint.read(record).reshape(-1).to(tensor.dtype)  # a fused part may be of a narrower type
         if not all(torch.isfinite(chunk).all() for chunk in values.split(FINITE_CHUNK)):
             raise CorruptWeightsError(
                 f"tensor {record.name} ({name}) holds NaN or Inf", "download the checkpoint again"

@@ -2,7 +2,8 @@
 
 A folder is written as `<name>.partial-<id>` beside its destination, flushed to disk, and renamed. A lock file
 `.<name>.lock` lets two processes want the same folder: the second waits, then finds it. The operating system drops
-the lock of a killed process, so whoever holds the lock may delete every partial folder it finds.
+the lock of a killed process, so whoever holds the lock may delete every partial folder it finds. A folder that is
+replaced is moved to `<name>.partial-<id>.old` for that moment: if its successor never came, it is put back.
 """
 
 import errno
@@ -20,26 +21,30 @@ from typing import Any
 from filelock import FileLock
 
 from ..errors import CorruptWeightsError, ModelMissingError, OutputError
+from .cache import MANIFEST as NAME
+from .cache import again
 
-NAME = "manifest.json"
 FORMAT = 1
 MAX_BYTES = 16 * 2**20
-CHUNK = 4 * 2**20
+OLD = ".old"
 Progress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in all)
 
 
 @contextmanager
-def publishing(dst: Path, source: dict[str, Any], on_progress: Progress | None = None) -> Iterator[Path]:
+def publishing(
+    dst: Path, source: dict[str, Any], on_progress: Progress | None = None, replace: bool = False
+) -> Iterator[Path]:
     """Yield an empty folder to fill; on a clean exit it becomes `dst`, manifest included; otherwise it is deleted.
 
-    `dst` must not exist, and the caller holds `locked(dst)`. `source` goes into the manifest. Raises OutputError.
+    `dst` must not exist, unless `replace`, and the caller holds `locked(dst)`. `source` goes into the manifest. Raises
+    OutputError.
     """
     partial = dst.with_name(f"{dst.name}.partial-{uuid.uuid4().hex[:12]}")
     try:
         partial.mkdir(parents=True)
         yield partial
         write(partial, source, on_progress)
-        _publish(partial, dst)
+        _publish(partial, dst, replace)
     except OSError as error:
         if isinstance(error, OutputError):
             raise
@@ -64,7 +69,11 @@ def locked(dst: Path) -> Iterator[None]:
         ) from error
     try:
         for stale in dst.parent.glob(f"{_literal(dst.name)}.partial-*"):
-            shutil.rmtree(stale, ignore_errors=True)
+            if stale.suffix == OLD and not dst.exists():
+                with suppress(OSError):
+                    stale.rename(dst)
+            else:
+                shutil.rmtree(stale, ignore_errors=True)
         yield
     finally:
         with suppress(OSError):
@@ -109,6 +118,8 @@ def read(folder: Path) -> dict[str, Any]:
         names, sizes = list(manifest["files"]), [entry["size"] for entry in manifest["files"].values()]
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {str(manifest['format'])[:20]}, this version reads {FORMAT}")
+        if type(manifest["source"]) is not dict:
+            raise ValueError("a source that is no object")
         if not all(type(size) is int for size in sizes) or any(escapes(name) for name in names):
             raise ValueError("an entry that cannot be a file of this folder")
         if not all(type(entry["sha256"]) is str for entry in manifest["files"].values()):
@@ -116,7 +127,7 @@ def read(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ModelMissingError(f"{folder} holds no {NAME}", "give a folder that `convert` or `pull` made") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise CorruptWeightsError(f"{path} is damaged ({error})", "convert or pull the model again") from None
+        raise CorruptWeightsError(f"{path} is damaged ({error})", again(folder)) from None
     return manifest
 
 
@@ -128,7 +139,7 @@ def check(folder: Path) -> dict[str, Any]:
         size = path.stat().st_size if path.is_file() else None
         if size != entry["size"]:
             found = "is missing" if size is None else f"has {size} bytes, not {entry['size']}"
-            raise CorruptWeightsError(f"{path} {found}", "convert or pull the model again")
+            raise CorruptWeightsError(f"{path} {found}", again(folder))
     return manifest
 
 
@@ -138,9 +149,7 @@ def verify(folder: Path, on_progress: Progress | None = None) -> dict[str, Any]:
     total, done = sum(entry["size"] for entry in manifest["files"].values()), 0
     for name, entry in manifest["files"].items():
         if sha256(folder / name) != entry["sha256"]:
-            raise CorruptWeightsError(
-                f"{folder / name} has changed since it was written", "convert or pull the model again"
-            )
+            raise CorruptWeightsError(f"{folder / name} has changed since it was written", again(folder))
         done += entry["size"]
         if on_progress is not None:
             on_progress("verify", done, total)
@@ -168,14 +177,20 @@ def write_file(path: Path, text: str) -> None:
         ) from error
 
 
-def _publish(partial: Path, dst: Path) -> None:
+def _publish(partial: Path, dst: Path, replace: bool) -> None:
+    old = partial.with_name(partial.name + OLD)
+    if replace and dst.exists():
+        dst.rename(old)
     try:
         partial.rename(dst)
     except OSError as error:
+        if old.exists() and not dst.exists():
+            old.rename(dst)
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise OutputError(f"{dst} has appeared meanwhile", "nothing was overwritten; choose another name") from None
         raise
     _flush(dst.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -79,6 +79,20 @@ def test_a_tensor_in_two_files(tmp_path):
     refused(folder_of(tmp_path, GOOD, {"b.bias": torch.zeros(2)}), "b.bias is in two files")
 
 
+def test_the_remedy_is_what_works_for_this_folder(tmp_path, monkeypatch):
+    """In the cache a pull of what it was made from repairs it; elsewhere only a new conversion does."""
+    monkeypatch.setenv("UNIPIC_RUN_CACHE", str(tmp_path / "cache"))
+    bad = {**GOOD, "a.bias": torch.tensor([0.0, float("nan")])}
+    refused(folder_of(tmp_path, bad), "convert it again")
+    hub = {"hub": {"repo": "org/name", "commit": "c" * 40}, "folder": "/hub/snapshot"}
+    for i, (source, what) in enumerate(
+        [({"folder": "/my models/x"}, "'/my models/x'"), (hub, "org/name --revision ccc")]
+    ):
+        with manifest.publishing(tmp_path / "cache" / "models" / f"m{i}", source) as folder:
+            save_file(bad, folder / "model.safetensors")
+        refused(tmp_path / "cache" / "models" / f"m{i}", "NaN", f"`unipic-run pull {what}")
+
+
 def test_integers_are_no_floats(tmp_path):
     refused(folder_of(tmp_path, {**GOOD, "a.bias": torch.zeros(2, dtype=torch.int64)}), "a.bias is torch.int64")
     refused(folder_of(tmp_path, {**GOOD, "count": torch.zeros(2)}), "count is torch.float32")

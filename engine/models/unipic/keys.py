@@ -55,6 +55,13 @@ VAE = {  # our prefix -> the prefix inside kl16.ckpt; the rest of the name is th
     "vae_decoder.post_quant_conv.": "post_quant_conv.",
     "vae_decoder.": "decoder.",
 }
+# Where the indices of repeated blocks stand.
+BLOCKS = {
+    "llm": "llm.model.layers.",
+    "encoder": "mar.encoder_blocks.",
+    "decoder": "mar.decoder_blocks.",
+    "head": "mar.diffloss.net.res_blocks.",
+}
 # The unused vision tower, the class table, and the output layer, which is tied to the embedding.
 IGNORED_PREFIXES = ("siglip2.", "siglip2_proj.")
 IGNORED = ("mar.class_emb.weight", "llm.lm_head.weight")
@@ -90,10 +97,14 @@ def is_ignored(released: str) -> bool:
     return released in IGNORED or released.startswith(IGNORED_PREFIXES)
 
 
-def depth(names: Iterable[str], prefix: str) -> int:
-    """How many blocks `prefix.0`, `prefix.1`, ... the names speak of: the highest index plus one."""
-    indices = [name[len(prefix) :].split(".", 1)[0] for name in names if name.startswith(prefix)]
-    return 1 + max((int(i) for i in indices if i.isascii() and i.isdigit() and len(i) < 4), default=-1)
+def depth(names: Iterable[str], stack: str) -> int:
+    """How many blocks of a stack the names speak of: the highest index of a tensor that a block has, plus one."""
+    prefix = BLOCKS[stack]
+    one = [name for parts in table(1, 1, 1, 1).values() for name in parts]
+    known = {name.removeprefix(f"{prefix}0.") for name in one if name.startswith(prefix)}
+    found = [name.removeprefix(prefix).partition(".") for name in names if name.startswith(prefix)]
+    indices = [i for i, _, rest in found if rest in known and i.isascii() and i.isdigit() and len(i) < 4]
+    return 1 + max(map(int, indices), default=-1)
 
 
 def _add(rows: dict[str, tuple[str, ...]], patterns: dict[str, tuple[str, ...]], i: int = 0) -> None:

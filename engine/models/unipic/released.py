@@ -1,5 +1,6 @@
 """The released UniPic 1.0 folder, read as it is: configuration, tokenizer, and tensors under our names."""
 
+import functools
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +12,17 @@ from ...checkpoint.pickle_reader import TensorRecord, TorchCheckpoint
 from ...errors import CorruptWeightsError, ModelMissingError
 from . import keys
 from .config import UniPicConfig
-from .released_config import BLOCKS, SIZES, read_config, read_json, read_number, read_tokenizer
+from .released_config import SIZES, VAE_WIDTHS, read_config, read_layers, read_tokenizer
 
 WEIGHTS, VAE_WEIGHTS = "pytorch_model.bin", "kl16.ckpt"
-_VAE_SIZES = ("vae.encoder.conv_in.weight", "vae.post_quant_conv.weight")  # without them no size can be told
+_VAE_SIZES = ("vae.encoder.conv_in.weight", "vae.post_quant_conv.weight", *VAE_WIDTHS)  # they tell the VAE's sizes
 _AGAIN = "download the checkpoint again"
 Records = dict[str, tuple[TorchCheckpoint, TensorRecord]]  # released name -> where it is
 
 
 @dataclass(frozen=True)
 class ReleasedTensor:
-    """One of our tensors: its parts in the released files, joined along dimension 0."""
+    """One of our tensors: its parts in the released files, joined along dimension 0, in the widest of their types."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -29,7 +30,10 @@ class ReleasedTensor:
 
 
 class Released:
-    """An open released folder: `config`, `tensors` by our name, `tokenizer` as JSON text. A context manager."""
+    """An open released folder: `config`, `tensors` by our name, `tokenizer` as JSON text. A context manager.
+
+    `ignored` lists the released tensors that have no place in the model, besides those that are known to be of no use.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = locate(folder)
@@ -38,14 +42,18 @@ class Released:
         with ExitStack() as stack:
             records = _records(self.folder, stack)
             self.tokenizer, image_token, eos_token = read_tokenizer(llm_folder / "tokenizer.json")
-            qwen = read_json(llm_folder / "config.json")
-            parts = _parts(records, read_number(qwen, "num_hidden_layers", 1, 256))
             try:
+                parts = _parts(records, read_layers(llm_folder))
                 shapes = {name: record.shape for name, (_, record) in records.items()}
                 self.config = read_config(self.folder, llm_folder, shapes, image_token, eos_token)
                 expected = _expected(self.config)
-            except (KeyError, IndexError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            except ValueError as error:
+                raise CorruptWeightsError(f"{folder}: {error}", _AGAIN) from None
+            except (KeyError, IndexError, TypeError, ArithmeticError, RuntimeError) as error:
                 raise CorruptWeightsError(f"{folder}: the sizes do not fit together ({error!r:.200})", _AGAIN) from None
+            parts = {ours: names for ours, names in parts.items() if ours in expected or not ours.startswith("vae_")}
+            used = {name for names in parts.values() for name in names}
+            self.ignored = [name for name in records if name not in used]
             self.tensors = {ours: _joined(ours, [records[name] for name in names]) for ours, names in parts.items()}
             refuse_differences(expected, {name: t.shape for name, t in self.tensors.items()}, str(folder))
             self._stack = stack.pop_all()
@@ -112,9 +120,14 @@ def _records(folder: Path, stack: ExitStack) -> Records:
 
 
 def _parts(records: Records, llm_layers: int) -> dict[str, tuple[str, ...]]:
-    """Our name -> released names. Raises one error for all names that are missing or unexpected."""
-    depth = {stack: keys.depth(records, prefix) for stack, prefix in BLOCKS.items()}
-    rows = keys.table(llm_layers, depth["encoder"], depth["decoder"], depth["head"])
+    """Our name -> released names, the VAE's not checked yet.
+
+    Raises one error for all names that are missing, and for layers that the language model's config.json denies.
+    """
+    depth = {stack: max(1, keys.depth(records, stack)) for stack in keys.BLOCKS}
+    blocks = (depth["encoder"], depth["decoder"], depth["head"])
+    rows = keys.table(llm_layers, *blocks)
+    denied = {name for names in keys.table(max(llm_layers, depth["llm"]), *blocks).values() for name in names}
     for name in records:
         ours = keys.vae_name(name.removeprefix("vae.")) if name.startswith("vae.") else None
         if ours is not None:
@@ -123,18 +136,18 @@ def _parts(records: Records, llm_layers: int) -> dict[str, tuple[str, ...]]:
     refuse(
         "the checkpoint",
         missing=[name for name in sorted(used | {*_VAE_SIZES}) if name not in records],
-        unexpected=[name for name in records if name not in used],
+        unexpected=[name for name in records if name in denied - used],
     )
     return rows
 
 
 def _joined(name: str, parts: list[tuple[TorchCheckpoint, TensorRecord]]) -> ReleasedTensor:
     first = parts[0][1]
-    alike = all(r.dtype == first.dtype and r.shape[1:] == first.shape[1:] for _, r in parts)
-    if not alike or not first.dtype.is_floating_point or not all(r.shape for _, r in parts):
-        raise CorruptWeightsError(f"the parts of {name} differ in type or shape, or are not floating", _AGAIN)
+    alike = all(r.shape[1:] == first.shape[1:] and r.dtype.is_floating_point for _, r in parts)
+    if not alike or not all(r.shape for _, r in parts):
+        raise CorruptWeightsError(f"the parts of {name} differ in shape, or are not floating", _AGAIN)
     shape = (sum(r.shape[0] for _, r in parts), *first.shape[1:]) if len(parts) > 1 else first.shape
-    return ReleasedTensor(first.dtype, shape, tuple(parts))
+    return ReleasedTensor(functools.reduce(torch.promote_types, (r.dtype for _, r in parts)), shape, tuple(parts))
 
 
 def _expected(config: UniPicConfig) -> dict[str, tuple[int, ...]]:

@@ -12,91 +12,102 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ...errors import CorruptWeightsError
-from ...layers.qwen2 import Qwen2Config
-from ...layers.vae import VAEConfig
 from . import keys
-from .config import HeadConfig, MarConfig, UniPicConfig
+from .config import VAE_LEVELS, UniPicConfig, number
 
 SIZES = "tiny_config.json"
 RELEASED = {"mar_heads": 16, "buffer": 64, "steps": 100, "vae_scale": 0.2325, "img_size": 1024}
-BLOCKS = {"encoder": "mar.encoder_blocks.", "decoder": "mar.decoder_blocks.", "head": "mar.diffloss.net.res_blocks."}
+VAE_WIDTHS = [f"vae.encoder.down.{level}.block.0.conv1.weight" for level in range(VAE_LEVELS)]
 MAX_JSON = 64 * 2**20
 _AGAIN = "download the checkpoint again"
+Shapes = dict[str, tuple[int, ...]]
 
 
-def read_config(
-    folder: Path, llm_folder: Path, shape: dict[str, tuple[int, ...]], image_token: int, eos_token: int
-) -> UniPicConfig:
-    """The model's configuration; `shape` maps released names (the VAE's under `vae.`) to tensor shapes."""
+def read_config(folder: Path, llm_folder: Path, shape: Shapes, image_token: int, eos_token: int) -> UniPicConfig:
+    """The model's configuration; `shape` maps released names (the VAE's under `vae.`) to tensor shapes.
+
+    Raises ValueError, or KeyError, IndexError and TypeError where a tensor is missing or has too few dimensions.
+    """
     extra = RELEASED | (read_json(folder / SIZES) if (folder / SIZES).is_file() else {})
     qwen = read_json(llm_folder / "config.json")
     generation = llm_folder / "generation_config.json"
     sampling = {"repetition_penalty": 1.0} | (read_json(generation) if generation.is_file() else {})
-    heads = read_number(qwen, "num_attention_heads", 1, 1024)
-    depth = {stack: keys.depth(shape, prefix) for stack, prefix in BLOCKS.items()}
-    vocab, width = shape["llm.model.embed_tokens.weight"]
-    channels = shape["mar.z_proj.weight"][1]
-    mar_width, mar_heads = shape["mar.z_proj.weight"][0], read_number(extra, "mar_heads", 1, 1024)
-    if width % heads or mar_width % mar_heads:
-        raise ValueError(f"widths {width}, {mar_width} are no multiples of {heads}, {mar_heads} heads")
-    resolution = read_number(extra, "img_size", 16, 16384)
-    if resolution % 16:
-        raise ValueError(f"img_size {resolution} is no multiple of 16")
-    base = shape["vae.encoder.conv_in.weight"][0]
-    levels = keys.depth(shape, "vae.encoder.down.")
-    multipliers = [shape[f"vae.encoder.down.{level}.block.0.conv1.weight"][0] // base for level in range(levels)]
-    return UniPicConfig(
-        llm=Qwen2Config(
-            vocab=vocab,
-            width=width,
-            layers=read_number(qwen, "num_hidden_layers", 1, 256),
-            heads=heads,
-            kv_heads=read_number(qwen, "num_key_value_heads", 1, 1024),
-            head_dim=width // heads,
-            mlp=shape["llm.model.layers.0.mlp.gate_proj.weight"][0],
-            rope_theta=read_number(qwen, "rope_theta", 1.0, 1e12),
-            norm_eps=read_number(qwen, "rms_norm_eps", 0.0, 1.0),
-            max_positions=read_number(qwen, "max_position_embeddings", 1, 2**24),
-        ),
-        mar=MarConfig(
-            width=mar_width,
-            heads=mar_heads,
-            encoder_depth=depth["encoder"],
-            decoder_depth=depth["decoder"],
-            mlp=shape["mar.encoder_blocks.0.mlp.fc1.weight"][0],
-            buffer=read_number(extra, "buffer", 1, 4096),
-            grid=math.isqrt(shape["mar.diffusion_pos_embed_learned"][1]),
-            channels=channels,
-        ),
-        head=HeadConfig(
-            width=shape["mar.diffloss.net.input_proj.weight"][0],
-            depth=depth["head"],
-            condition=shape["mar.diffloss.net.cond_embed.weight"][1],
-            channels=channels,
-            frequencies=shape["mar.diffloss.net.time_embed.mlp.0.weight"][1],
-            train_steps=1000,
-            steps=read_number(extra, "steps", 1, 1000),
-            max_beta=0.2,
-        ),
-        vae=VAEConfig(base=base, multipliers=tuple(multipliers), latent=shape["vae.post_quant_conv.weight"][0]),
-        vae_scale=read_number(extra, "vae_scale", 1e-6, 1e6),
-        image_token=image_token,
-        eos_token=eos_token,
-        repetition_penalty=read_number(sampling, "repetition_penalty", 0.01, 100.0),
-        round_inv_freq=True,
-        resolution=resolution,
-        rounds=32,
-        guidance=3.0,
+    return UniPicConfig.from_json(
+        {
+            "llm": _llm(qwen, shape),
+            "mar": _mar(extra, shape),
+            "head": _head(extra, shape),
+            "vae": _vae(shape),
+            "vae_scale": extra["vae_scale"],
+            "image_token": image_token,
+            "eos_token": eos_token,
+            "repetition_penalty": sampling["repetition_penalty"],
+            "round_inv_freq": True,
+            "resolution": extra["img_size"],
+            "rounds": 32,
+            "guidance": 3.0,
+        }
     )
 
 
-def read_number(data: dict[str, Any], name: str, low: Any, high: Any) -> Any:
-    """`data[name]`, of the type of `low` and between the bounds: a size nobody could mean must not be built."""
-    value = data.get(name)
-    kinds = (int, float) if type(low) is float else (int,)
-    if type(value) not in kinds or not low <= value <= high:
-        raise CorruptWeightsError(f"{name} is {str(value)[:80]}, not a number from {low} to {high}", _AGAIN)
-    return type(low)(value)
+def read_layers(llm_folder: Path) -> int:
+    """How many layers the language model has. Raises ValueError."""
+    return number("llm.layers", read_json(llm_folder / "config.json").get("num_hidden_layers"))
+
+
+def _llm(qwen: dict[str, Any], shape: Shapes) -> dict[str, Any]:
+    vocab, width = shape["llm.model.embed_tokens.weight"]
+    heads = number("llm.heads", qwen.get("num_attention_heads"))
+    return {
+        "vocab": vocab,
+        "width": width,
+        "layers": qwen.get("num_hidden_layers"),
+        "heads": heads,
+        "kv_heads": qwen.get("num_key_value_heads"),
+        "head_dim": width // heads,
+        "mlp": shape["llm.model.layers.0.mlp.gate_proj.weight"][0],
+        "rope_theta": qwen.get("rope_theta"),
+        "norm_eps": qwen.get("rms_norm_eps"),
+        "max_positions": qwen.get("max_position_embeddings"),
+    }
+
+
+def _mar(extra: dict[str, Any], shape: Shapes) -> dict[str, Any]:
+    width, channels = shape["mar.z_proj.weight"]
+    return {
+        "width": width,
+        "heads": extra["mar_heads"],
+        "encoder_depth": keys.depth(shape, "encoder"),
+        "decoder_depth": keys.depth(shape, "decoder"),
+        "mlp": shape["mar.encoder_blocks.0.mlp.fc1.weight"][0],
+        "buffer": extra["buffer"],
+        "grid": math.isqrt(shape["mar.diffusion_pos_embed_learned"][1]),
+        "channels": channels,
+    }
+
+
+def _head(extra: dict[str, Any], shape: Shapes) -> dict[str, Any]:
+    width, channels = shape["mar.diffloss.net.input_proj.weight"]
+    return {
+        "width": width,
+        "depth": keys.depth(shape, "head"),
+        "condition": shape["mar.diffloss.net.cond_embed.weight"][1],
+        "channels": channels,
+        "frequencies": shape["mar.diffloss.net.time_embed.mlp.0.weight"][1],
+        "train_steps": 1000,
+        "steps": extra["steps"],
+        "max_beta": 0.2,
+    }
+
+
+def _vae(shape: Shapes) -> dict[str, Any]:
+    base = shape["vae.encoder.conv_in.weight"][0]
+    widths = [shape[name][0] for name in VAE_WIDTHS]
+    return {
+        "base": base,
+        "multipliers": [width // max(base, 1) for width in widths],
+        "latent": shape["vae.post_quant_conv.weight"][0],
+    }
 
 
 def read_tokenizer(path: Path) -> tuple[str, int, int]:

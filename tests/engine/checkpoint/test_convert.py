@@ -40,6 +40,12 @@ def tensors_of(folder):
     return tensors
 
 
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
 def leftovers(folder):
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
@@ -92,6 +98,40 @@ def test_a_second_run_keeps_the_first(tiny, tmp_path):
     dst = convert(tiny, tmp_path / "out")
     before = (dst / "manifest.json").stat().st_mtime_ns
     assert convert(tiny, dst) == dst and (dst / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_second_run_onto_a_damaged_folder_says_so(tiny, tmp_path):
+    dst = convert(tiny, tmp_path / "out")
+    flip(dst / "model.safetensors")
+    with pytest.raises(OutputError, match=r"model\.safetensors has changed.*delete it"):
+        convert(tiny, dst)
+    shutil.rmtree(dst)
+    manifest.verify(convert(tiny, dst))
+
+
+def test_a_stale_folder_is_replaced_and_is_there_all_the_time(tiny, tmp_path):
+    src = shutil.copytree(tiny, tmp_path / "src")
+    dst = convert(src, tmp_path / "out")
+    (src / "kl16.ckpt").touch()
+    with pytest.raises(OutputError, match="not the conversion"):
+        convert(src, dst)
+    before, seen = manifest.read(dst), []
+    convert(src, dst, lambda *event: seen.append(manifest.check(dst) == before), replace=manifest.check)
+    assert seen and all(seen) and manifest.verify(dst) != before
+    assert leftovers(tmp_path) == ["out", "src"]
+    seen.clear()
+    convert(src, dst, lambda *event: seen.append(event), replace=manifest.check)
+    assert not seen  # it is current now
+
+
+def test_extra_tensors_are_noted_in_the_manifest(tiny, tmp_path):
+    src = shutil.copytree(tiny, tmp_path / "src")
+    state = torch.load(src / "pytorch_model.bin", weights_only=True)
+    torch.save(state | {f"extra.{i}": torch.zeros(1) for i in range(25)}, src / "pytorch_model.bin")
+    dst = convert(src, tmp_path / "out")
+    told = manifest.read(dst)["source"]["ignored"]
+    assert told[:2] == ["extra.0", "extra.1"] and told[-1] == "and 5 more" and len(told) == 21
+    assert convert(src, dst) == dst and "ignored" not in manifest.read(convert(tiny, tmp_path / "plain"))["source"]
 
 
 def test_nan_and_infinity_are_refused(tiny, tmp_path):

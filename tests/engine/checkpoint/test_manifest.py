@@ -1,6 +1,7 @@
 """Folders are whole or absent, and a changed byte is found."""
 
 import json
+from pathlib import Path
 
 import pytest
 from unipic_run.engine.checkpoint import manifest
@@ -44,6 +45,7 @@ def test_a_damaged_or_hostile_manifest(folder):
         "[]",
         "[" * 100_000,
         json.dumps({**good, "format": 2}),
+        json.dumps({**good, "source": "nowhere"}),
         json.dumps({**good, "files": {"../../etc/passwd": entry}}),
         json.dumps({**good, "files": {"/etc/passwd": entry}}),
         json.dumps({**good, "files": {"a.bin": {"size": "1000", "sha256": "x"}}}),
@@ -80,6 +82,40 @@ def test_the_lock_removes_what_killed_processes_left(tmp_path):
     with manifest.locked(dst):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["other.partial-1"]
+
+
+def test_a_swap_that_was_cut_short_is_undone(folder):
+    """A kill between the two renames: the old folder has gone aside, the new one has not come."""
+    folder.rename(folder.with_name("made.partial-1.old"))
+    folder.with_name("made.partial-1").mkdir()
+    with manifest.locked(folder):
+        assert manifest.verify(folder)["source"] == {"why": "test"}
+        assert [path.name for path in folder.parent.iterdir() if path.name[0] != "."] == ["made"]
+
+
+def test_a_folder_is_replaced_only_when_asked_and_put_back_when_that_fails(folder, monkeypatch):
+    def make(replace):
+        with manifest.publishing(folder, {"why": "new"}, replace=replace) as partial:
+            (partial / "a").write_text("a")
+
+    with pytest.raises(OutputError, match="appeared"):
+        make(False)
+    rename = Path.rename
+    monkeypatch.setattr(
+        Path,
+        "rename",
+        lambda self, to: (
+            (_ for _ in ()).throw(PermissionError(13, "no"))
+            if to == folder and not self.name.endswith(".old")
+            else rename(self, to)
+        ),
+    )
+    with pytest.raises(OutputError, match="cannot write"):
+        make(True)
+    assert manifest.verify(folder)["source"] == {"why": "test"}
+    monkeypatch.undo()
+    make(True)
+    assert manifest.verify(folder)["source"] == {"why": "new"} and [*folder.parent.iterdir()] == [folder]
 
 
 def test_small_files_are_replaced_in_one_step(tmp_path):

@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
+from unipic_run.engine.checkpoint.convert import convert
 from unipic_run.engine.errors import CorruptWeightsError, ModelMissingError
 from unipic_run.engine.models.unipic import keys, released
 
@@ -97,6 +99,40 @@ def test_vae_in_the_main_file_wins(copy):
         assert torch.equal(archive.read(record), torch.full((32,), 7.0))
 
 
+def test_extra_names_are_left_out_and_listed(copy):
+    """Nobody has seen the released file: a key more must not refuse it, wherever it stands and whatever it holds."""
+    extra = ["mar.surprise", "mar.encoder_blocks.7.lora.weight", "llm.model.layers.0.self_attn.rotary_emb.inv_freq"]
+
+    def change(state):
+        state.update({name: torch.zeros(2, dtype=torch.int64) for name in extra})
+
+    edit(copy, change)
+    vae = ["encoder.down.5.block.0.norm1.weight", "decoder.surprise", "loss.logvar"]
+    edit(copy, lambda state: state.update({name: torch.zeros(3) for name in vae}), "kl16.ckpt", "model")
+    with released.Released(copy) as checkpoint:
+        assert set(checkpoint.ignored) == {*extra, *(f"vae.{name}" for name in vae)}
+        assert not any("surprise" in name for name in checkpoint.tensors)
+        assert checkpoint.config.mar.encoder_depth == 2
+
+
+def test_a_block_or_layer_that_is_not_whole_is_no_extra(copy):
+    edit(copy, lambda state: state.update({"mar.encoder_blocks.2.norm1.weight": torch.zeros(64)}))
+    refused(copy, "11 missing", "mar.encoder_blocks.2.attn.qkv.weight")
+
+
+def test_a_fused_tensor_of_mixed_types_becomes_the_wider(copy, tmp_path):
+    name = "llm.model.layers.0.self_attn.{}_proj.weight"
+    parts = []
+
+    def change(state):
+        state[name.format("k")] = state[name.format("k")].bfloat16()
+        parts.extend(state[name.format(x)].float() for x in "qkv")
+
+    edit(copy, change)
+    with safe_open(convert(copy, tmp_path / "out") / "model.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("llm.layers.0.qkv.weight"), torch.cat(parts))
+
+
 def test_one_error_lists_all_missing_and_unexpected(copy):
     def change(state):
         del state["llm.model.layers.1.self_attn.k_proj.bias"], state["mar.fake_latent"], state["proj_out.2.weight"]
@@ -104,7 +140,7 @@ def test_one_error_lists_all_missing_and_unexpected(copy):
 
     edit(copy, change)
     refused(copy, "3 missing", "llm.model.layers.1.self_attn.k_proj.bias", "mar.fake_latent", "proj_out.2.weight")
-    refused(copy, "2 unexpected", "mar.surprise", "llm.model.layers.9.mlp.up_proj.weight")
+    refused(copy, "1 unexpected: llm.model.layers.9.mlp.up_proj.weight")  # a layer that config.json denies
 
 
 def test_one_error_lists_all_misshapen(copy):
@@ -135,6 +171,8 @@ def test_missing_and_broken_small_files(copy):
     refused(copy, "rope_theta")
     (qwen / "config.json").write_text(good.replace('heads": 4', 'heads": 1000'))
     refused(copy)
+    (qwen / "config.json").write_text(good.replace('heads": 2', 'heads": 3'))
+    refused(copy, "llm.heads is 4, which is not a multiple of llm.kv_heads, 3")
     (qwen / "config.json").write_text(good)
     (qwen / "tokenizer.json").write_text('{"model": 3}')
     refused(copy, "not a tokenizer")

@@ -1,0 +1,45 @@
+"""Where the models that were made on this machine are kept, and what makes a damaged one again."""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+def cache_root() -> Path:
+    """UNIPIC_RUN_CACHE, or `unipic-run` in the system's cache folder. Creates nothing."""
+    if chosen := os.environ.get("UNIPIC_RUN_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        base = "~/Library/Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "unipic-run"
+
+
+def models_folder() -> Path:
+    """The folder of converted models; it may not exist."""
+    return cache_root() / "models"
+
+
+def again(folder: Path) -> str:
+    """The remedy for a damaged folder in our format: a pull checks and repairs the cache, and nothing else."""
+    if folder.resolve().parent != models_folder().resolve():
+        return "delete the folder and convert it again"
+    try:
+        source = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["source"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        source = None
+    match source:
+        case {"hub": {"repo": str(repo), "commit": str(commit)}}:
+            what = f"{repo} --revision {commit}"
+        case {"folder": str(released)}:
+            what = shlex.quote(released)
+        case _:
+            return "delete the folder and pull the model again"
+    return f"`unipic-run pull {what}` makes it again"
