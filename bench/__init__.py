@@ -1,0 +1,1 @@
+"""Measurements: parity with recorded runs, latency, peak memory."""

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in under 9 minutes: tests marked gpu, parity, full-size latency and peak memory.
+#   OUT=/tmp/results bash bench/gpu_check.sh        PYTHON=/path/to/python OUT=... bash bench/gpu_check.sh
+# Installs nothing: the checkout is imported as it lies there. Every part has its own time limit and a failing one does
+# not stop the others. Writes a log a part and one <card>-<date>.json into OUT (default bench/results).
+# DRY_RUN=1 runs every part on the CPU with the tiny model, which checks this script and nothing else.
+set -uo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+OUT=${OUT:-$root/bench/results}
+PYTHON=${PYTHON:-python3}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd -P)
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+ln -s "$root" "$work/unipic_run" # the root is the package
+export PYTHONPATH="$work${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
+export UNIPIC_RUN_CACHE="$work/cache" HF_HUB_OFFLINE=1
+cd "$root"
+
+device=cuda
+model=(--model unipic --res 1024 --iters 32 --dtype bf16)
+if [[ -n ${DRY_RUN:-} ]]; then
+  device=cpu
+  export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
+  model=(--model tests/data/unipic-tiny --res 64 --iters 2 --dtype fp32)
+fi
+latency=("$PYTHON" bench/latency.py --random-weights --device "$device" "${model[@]}")
+
+failed=0
+# part NAME SECONDS COMMAND...: runs a command under a time limit, its output in OUT/NAME.log
+part() {
+  local name=$1 limit=$2 start=$SECONDS status=0
+  shift 2
+  timeout -k 10 "$limit" "$@" >"$OUT/$name.log" 2>&1 || status=$?
+  printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - start))" >>"$work/parts.tsv"
+  echo "$name: exit $status after $((SECONDS - start)) s"
+  ((status == 0)) || failed=1
+}
+
+part environment 40 "$PYTHON" -c 'import sys; from unipic_run.cli import main; sys.exit(main())' doctor --json
+if command -v nvidia-smi >/dev/null; then part nvidia-smi 20 nvidia-smi -q; fi
+part gpu-tests 140 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests
+part parity 90 "$PYTHON" bench/parity.py tests/data/goldens/unipic1 --checkpoint tests/data/unipic-tiny --device "$device"
+part latency 140 "${latency[@]}" --vram-cap 15
+part batch-of-4 90 "${latency[@]}" --tasks gen --batch 4
+
+"$PYTHON" bench/gpu_summary.py "$work/parts.tsv" "$OUT" || failed=1
+exit "$failed"

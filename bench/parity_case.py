@@ -1,0 +1,56 @@
+"""The files of a folder of recorded runs: `cases/NAME.json` with settings, `NAME.safetensors` with tensors."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recorded case. `settings` is its JSON: an object with a `kind`, or a list of entries."""
+
+    name: str
+    folder: Path
+    settings: Any
+    tensors: dict[str, Tensor]
+
+    @property
+    def kind(self) -> str:
+        """The recorded kind; the two lists have none and are known by what their entries hold."""
+        if isinstance(self.settings, dict):
+            return self.settings.get("kind", "unknown")
+        first = self.settings[0] if self.settings else {}
+        if "ids" in first:
+            return "tokenizer"
+        return "mask_schedule" if "predicted_per_iter" in first else "unknown"
+
+    @property
+    def batch(self) -> int:
+        """Images made together."""
+        return self.settings["batch"]
+
+    @property
+    def source(self) -> Path:
+        """The picture of an edit or a question."""
+        return self.folder / self.settings["source"]
+
+
+def read_cases(folder: Path) -> dict[str, Case]:
+    """Every case of `folder` (the one that holds `cases/`) by name; tensors without settings make a case too."""
+    cases = folder / "cases"
+    names = sorted({path.stem for path in cases.glob("*") if path.suffix in (".json", ".safetensors")})
+    return {name: _read(cases, name) for name in names}
+
+
+def _read(folder: Path, name: str) -> Case:
+    settings, tensors = folder / f"{name}.json", folder / f"{name}.safetensors"
+    return Case(
+        name,
+        folder,
+        json.loads(settings.read_text("utf-8")) if settings.is_file() else {},
+        load_file(tensors) if tensors.is_file() else {},
+    )

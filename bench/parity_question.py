@@ -1,0 +1,46 @@
+"""Recorded answers replayed through `Engine.ask`."""
+
+import warnings
+
+import torch
+from unipic_run.bench.parity_case import Case
+from unipic_run.bench.parity_ledger import EXACT, NETWORK, Ledger
+from unipic_run.bench.parity_runs import joined, prompt_ids
+from unipic_run.bench.parity_watch import Watch
+from unipic_run.engine.engine import Engine
+from unipic_run.engine.errors import UnipicWarning
+from unipic_run.engine.request import PATCH, Answer
+
+
+def replay_question(engine: Engine, case: Case) -> Ledger:
+    """An `image_to_text` case."""
+    settings, recorded = case.settings, case.tensors
+    ledger = Ledger(recorded)
+    expected = recorded["generated_ids"][0].tolist()
+    with Watch(engine) as watch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnipicWarning)
+        answer: Answer = engine.ask(
+            case.source,
+            settings["prompt"],
+            res=settings["image_size"],
+            max_new_tokens=settings["max_new_tokens_used"],
+        )
+    eos = [engine.config.eos_token]
+    ids = [*answer.ids, *(eos if expected[-1:] == eos else [])]  # the record ends with the token that stopped it
+    ledger.compare("generated_ids", [ids], EXACT)
+    text = engine.loaded.tokens.decode(ids, keep_special=True)
+    ledger.limit("decoded", float(text != settings["decoded"]), EXACT, "" if text == settings["decoded"] else text)
+    ledger.compare("logits", torch.stack(watch.logits), NETWORK)
+    ledger.compare("scores", torch.stack(watch.scores), NETWORK)
+    latents, features = watch.encoded[0]
+    side = settings["image_size"] // PATCH
+    ledger.compare("pixels", watch.pixels, NETWORK)
+    ledger.compare("latent_tokens", latents.unflatten(1, (side, side)), NETWORK)
+    ledger.compare("x_enc", features, NETWORK)
+    picture = watch.prefills[0]
+    ledger.compare("z_enc", picture.x[:, len(picture.ids) :], NETWORK)
+    prompt = watch.prefills[: len(watch.prefills) - len(watch.logits) + 1]  # the rest are tokens fed back
+    ledger.compare("input_ids", [prompt_ids(prompt, engine.config.image_token)], EXACT)
+    ledger.compare("inputs_embeds", joined(prompt, "x")[None], NETWORK)
+    ledger.compare("prefill_hidden", joined(prompt, "hidden")[None], NETWORK)
+    return ledger

@@ -1,0 +1,78 @@
+"""Engines with random weights: neither speed nor memory depends on the values."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from unipic_run.engine import families
+from unipic_run.engine.device import DTYPES, as_device
+from unipic_run.engine.engine import Engine
+from unipic_run.engine.layers.attention import resolve
+from unipic_run.engine.layers.qwen2 import Qwen2Config
+from unipic_run.engine.layers.vae import VAEConfig
+from unipic_run.engine.models.unipic.config import HeadConfig, MarConfig, UniPicConfig
+from unipic_run.engine.tokens import Tokens
+
+NEVER = -1  # an end token no answer has, so that every answer has the length that was asked for
+
+
+def released_architecture() -> UniPicConfig:
+    """The sizes of the released UniPic 1.0 (arXiv 2508.03320)."""
+    return UniPicConfig(
+        llm=Qwen2Config(151936, 1536, 28, 12, 2, 128, 8960, rope_theta=1e6, norm_eps=1e-6, max_positions=32768),
+        mar=MarConfig(1280, 16, encoder_depth=20, decoder_depth=20, mlp=5120, buffer=64, grid=32, channels=16),
+        head=HeadConfig(
+            1536, 12, condition=1280, channels=16, frequencies=256, train_steps=1000, steps=100, max_beta=0.2
+        ),
+        vae=VAEConfig(128, (1, 1, 2, 2, 4), latent=16),
+        vae_scale=0.2325,
+        image_token=151665,
+        eos_token=151645,
+        repetition_penalty=1.1,
+        round_inv_freq=True,
+        resolution=1024,
+        rounds=32,
+        guidance=3.0,
+    )
+
+
+def architecture(model: str) -> UniPicConfig:
+    """The sizes of the released model by its short name, else those of the checkpoint in a folder."""
+    if model == "unipic":
+        return released_architecture()
+    folder, released = Path(model), families.released("unipic")
+    if released.is_released(folder):
+        with released.Released(folder) as checkpoint:
+            return checkpoint.config
+    return families.read(folder)[1]
+
+
+def random_engine(model: str, tokenizer: Path, device: str, dtype: str, attention: str = "auto") -> Engine:
+    """An engine of the architecture `model`, with any small tokenizer in place of its own."""
+    place, precision, family = as_device(device), DTYPES[dtype], families.model("unipic")
+    tokens, config = any_tokens(tokenizer, family.IMAGE), architecture(model)
+    config = replace(config, image_token=tokens.tokenizer.token_to_id(family.IMAGE), eos_token=NEVER)
+    with torch.device("meta"):
+        module = family.build(config, resolve(attention, place, precision))
+    module = module.to(precision).to_empty(device=place).requires_grad_(False).eval()
+    fill(module)
+    return Engine(family, module, tokens, f"{model} with random weights")
+
+
+def any_tokens(tokenizer: Path, image_text: str) -> Tokens:
+    from tokenizers import Tokenizer
+
+    known = Tokenizer.from_file(str(tokenizer))
+    known.add_special_tokens([image_text])
+    return Tokens(tokenizer, image_text, known.token_to_id(image_text))
+
+
+def fill(module: nn.Module) -> None:
+    """Small random matrices, norms that change nothing, no biases: activations stay finite."""
+    generator = torch.Generator(next(module.parameters()).device).manual_seed(0)
+    for name, parameter in module.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, 0.02, generator=generator)
+        else:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)

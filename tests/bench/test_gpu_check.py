@@ -1,0 +1,60 @@
+"""The GPU check runs every part, keeps going after a failure, and writes one summary."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from unipic_run.bench import gpu_summary
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "bench" / "gpu_check.sh"
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None or sys.platform == "win32", reason="needs bash")
+
+
+def test_the_script_parses():
+    subprocess.run(["bash", "-n", SCRIPT], check=True)
+
+
+def test_its_parts_take_less_than_nine_minutes():
+    limits = [int(line.split()[2]) for line in SCRIPT.read_text().splitlines() if line.startswith("part ")]
+    assert sum(limits) + 20 <= 540
+
+
+@pytest.fixture
+def uninstalled(tmp_path):
+    """An environment whose Python knows our dependencies and not our package."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')  # without site, .pth files are not read
+    python.chmod(0o755)
+    assert subprocess.run([python, "-c", "import unipic_run"], cwd=tmp_path, capture_output=True).returncode
+    return {**os.environ, "PYTHON": str(python), "PYTHONPATH": sysconfig.get_path("purelib")}
+
+
+def test_a_dry_run_reaches_every_part(tmp_path, uninstalled):
+    environment = {**uninstalled, "DRY_RUN": "1", "OUT": str(tmp_path / "out")}
+    done = subprocess.run(["bash", SCRIPT], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    (summary,) = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json"))
+    parts = summary["parts"]
+    assert {"environment", "gpu-tests", "parity", "latency", "batch-of-4"} <= set(parts)
+    assert parts["parity"]["result"]["passed"] and parts["latency"]["result"]["tasks"].keys() == {"gen", "edit", "ask"}
+    assert parts["batch-of-4"]["result"]["batch"] == 4
+    assert "skipped" in (tmp_path / "out" / "gpu-tests.log").read_text()
+    failed = {name for name, part in parts.items() if part["status"]}
+    assert (done.returncode != 0) == bool(failed) and failed <= {"environment"}, done.stdout
+
+
+def test_a_failed_part_keeps_its_log(tmp_path):
+    (tmp_path / "good.log").write_text('noise\n{"passed": true}\n')
+    (tmp_path / "bad.log").write_text("Traceback\nboom\n")
+    (tmp_path / "parts.tsv").write_text("good\t0\t3\nbad\t124\t90\n")
+    gpu_summary.main([str(tmp_path / "parts.tsv"), str(tmp_path)])
+    (summary,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    assert not summary["passed"]
+    assert summary["parts"]["good"] == {"status": 0, "seconds": 3, "result": {"passed": True}}
+    assert "boom" in summary["parts"]["bad"]["tail"]

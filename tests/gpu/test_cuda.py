@@ -1,0 +1,105 @@
+"""What only a CUDA device can show, on the tiny model: agreement with the CPU, batches, no waiting inside a round."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from unipic_run import Engine
+from unipic_run.bench.parity_watch import Watch
+from unipic_run.engine.noise import PhiloxNoise
+from unipic_run.engine.run import plan_rounds, true_float32
+from unipic_run.engine.task import Batch, Task
+
+pytestmark = pytest.mark.gpu
+PROMPTS = ["a red fox", "two cats in the snow at night", "a lamp", "three dogs beside an old wooden chair"]
+
+
+@pytest.fixture(scope="module")
+def load(tiny_release, tmp_path_factory):
+    """An engine for (device, dtype), loaded once."""
+    engines = {}
+
+    def get(device, dtype="fp32"):
+        if (device, dtype) not in engines:
+            engines[device, dtype] = Engine.from_pretrained(tiny_release, device=device, dtype=dtype)
+        return engines[device, dtype]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNIPIC_RUN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield get
+    for engine in engines.values():
+        engine.close()
+
+
+def picture():
+    y, x = np.mgrid[:96, :128]
+    return Image.fromarray(np.stack([2 * x, 2 * y, x + y], axis=-1).astype(np.uint8))
+
+
+def tokens_of(engine, make):
+    with Watch(engine) as watch:
+        make(engine)
+    return torch.cat([batch.tokens for batch in watch.batches])
+
+
+def psnr(a, b):
+    """Decibels between two 8-bit pictures."""
+    error = np.square(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean()
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda engine: engine.generate(PROMPTS[:2], res=128, steps=4, seed=3),
+        lambda engine: engine.edit(picture(), "make it night", res=96, steps=3, seed=3),
+    ],
+    ids=["generate", "edit"],
+)
+def test_float32_agrees_with_the_cpu(load, make):
+    ours, reference = tokens_of(load("cuda"), make), tokens_of(load("cpu"), make)
+    assert (ours - reference).abs().max() <= 2e-4 * max(1.0, reference.abs().max())
+
+
+def test_answers_agree_with_the_cpu(load):
+    asked = {"question": "what is this?", "res": 96, "max_new_tokens": 12}
+    assert load("cuda").ask(picture(), **asked).ids == load("cpu").ask(picture(), **asked).ids
+
+
+def test_a_batch_makes_the_same_pictures_as_single_runs(load):
+    engine, settings = load("cuda"), {"res": 128, "steps": 4, "seed": 5}
+    together = engine.generate(PROMPTS, batch_size=4, **settings).images
+    singles = engine.generate(PROMPTS, batch_size=1, **settings).images
+    assert min(psnr(a, b) for a, b in zip(together, singles, strict=True)) >= 40
+
+
+def test_a_round_never_waits_for_the_device(load):
+    engine = load("cuda")
+    loaded, family = engine.loaded, engine.loaded.family
+    task = Task("generate", 8, 8, steps=4, guidance=3.0, cfg_schedule="linear", temperature=0.9)
+    batch = Batch(PROMPTS[:2], [PhiloxNoise(1), PhiloxNoise(2)])
+    with torch.inference_mode(), true_float32():
+        conditions = family.condition(loaded.model, loaded.tokens, task, batch)
+        rounds = plan_rounds(task, batch).to(engine.device)
+        sampling = family.sample(loaded.model, conditions, task, batch, rounds)
+        next(sampling)  # the first round may set libraries up
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            next(sampling)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_runs_all_tasks(load, dtype):
+    engine = load("cuda", dtype)
+    for result in (
+        engine.generate(PROMPTS, res=64, steps=3, seed=1),
+        engine.edit(picture(), "make it night", res=96, steps=3, seed=1),
+    ):
+        assert all(np.asarray(image).std() > 1 for image in result.images)
+        assert result.peak_bytes > 0
+    assert engine.ask(picture(), "what is this?", res=96, max_new_tokens=5).ids
