@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, Unpack, overload
 
 import torch
@@ -49,6 +48,7 @@ from .request import (
 from .run import Clock
 from .task import Task
 from .tokens import Tokens
+from .verbs import Verbs
 
 ImageSource = Image.Image | str | os.PathLike[str] | bytes  # bytes: an encoded file
 
@@ -56,7 +56,7 @@ ImageSource = Image.Image | str | os.PathLike[str] | bytes  # bytes: an encoded 
 class Engine:
     """A loaded model. `Engine.from_pretrained` is the usual way to get one; use it as a context manager."""
 
-    def __init__(self, family: ModuleType, model: nn.Module, tokens: Tokens, name: str) -> None:
+    def __init__(self, family: Verbs, model: nn.Module, tokens: Tokens, name: str) -> None:
         """`model` = family.build(config), filled; its parameters say which device and precision are used."""
         self.loaded: Loaded | None = Loaded(family, model, tokens)
         self.name, self.config = name, self.loaded.config

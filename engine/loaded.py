@@ -1,18 +1,18 @@
 """A model in memory: the family's verbs, the filled parts, the tokenizer."""
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
 from .tokens import Tokens
+from .verbs import Verbs
 
 
 @dataclass(frozen=True)
 class Loaded:
-    family: ModuleType  # its model.py
+    family: Verbs
     model: nn.Module
     tokens: Tokens
 

@@ -19,7 +19,7 @@ ENGINE = (
     "layers",
     "models",
     "families",
-    "run text prepare reading making loaded",
+    "verbs run text prepare reading making loaded",
     "plan residency weights hub pins checkpoint.convert",
     "engine arguments saving facts info",
     "doctor",
