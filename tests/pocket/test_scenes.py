@@ -1,0 +1,136 @@
+"""Prompts, scenes and their split: what is asked holds, seeds decide, and training keeps off what is held out."""
+
+from collections import Counter
+from itertools import combinations
+from math import dist
+
+import numpy as np
+import pytest
+from unipic_run.pocket.layout import EDGE, GAP
+from unipic_run.pocket.painter import paint
+from unipic_run.pocket.samples import CATEGORIES, propose, sample
+from unipic_run.pocket.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    SIDE,
+    Figure,
+    Group,
+    Scene,
+    Spec,
+    broken,
+    exact,
+)
+from unipic_run.pocket.split import held_out, held_out_combination, named, shown
+
+DRAWN = 150  # samples a category
+
+
+@pytest.fixture(scope="module", params=["train", "test"])
+def drawn(request):
+    rng = np.random.default_rng(5)
+    return request.param, [sample(rng, category, request.param) for category in CATEGORIES for _ in range(DRAWN)]
+
+
+def test_every_scene_meets_its_spec_and_nothing_touches(drawn):
+    for one in drawn[1]:
+        assert not broken(one.scene, one.spec), one
+        assert not broken(one.scene, exact(one.scene))
+        for a, b in combinations(one.scene.figures, 2):
+            assert dist((a.x, a.y), (b.x, b.y)) >= a.reach + b.reach + GAP - 1e-6
+        for f in one.scene.figures:
+            assert min(f.x, f.y) - f.reach >= EDGE - 1e-6 and max(f.x, f.y) + f.reach <= SIDE - EDGE + 1e-6
+
+
+def test_training_neither_names_nor_shows_what_is_held_out_and_every_test_prompt_names_it(drawn):
+    split, samples = drawn
+    for one in samples:
+        assert held_out(one.spec) is (split == "test"), one.prompt
+        if split == "train":
+            assert not any(map(held_out_combination, shown(one.scene))), one.prompt
+    assert all(len({s.prompt for s in samples if s.category == category}) >= 50 for category in CATEGORIES)
+
+
+def test_training_holds_every_primitive():
+    rng = np.random.default_rng(1)
+    seen = Counter(
+        value
+        for category in CATEGORIES
+        for _ in range(300)
+        for c in named(sample(rng, category, "train").spec)
+        for value in c
+    )
+    assert {*SHAPES, *COLOURS, *PLACES, *RELATIONS, "and", 1, 2, 3, 4} <= set(seen)
+    assert min(seen[value] for value in (*SHAPES, *COLOURS, *PLACES, *RELATIONS)) >= 10
+
+
+def test_a_fifth_is_held_out_evenly():
+    links = (None, "and", *RELATIONS, *PLACES)
+    every = [(s, c, link, n) for s in SHAPES for c in COLOURS for link in links for n in (1, 2, 3, 4)]
+    out = [combination for combination in every if held_out_combination(combination)]
+    assert abs(len(out) / len(every) - 0.2) < 0.01
+    for axis, values in enumerate((SHAPES, COLOURS, links, (1, 2, 3, 4))):
+        for value in values:
+            share = sum(c[axis] == value for c in out) / sum(c[axis] == value for c in every)
+            assert 0.18 < share < 0.22, f"{share:.3f} of {value} is held out"
+
+
+def test_the_split_of_a_prompt_does_not_hang_on_sizes_order_or_background():
+    a, b = Group("star", "blue", count=2), Group("ring", "yellow")
+    small = Group("star", "blue", "small", count=2)
+    same = [Spec((a, b), "above"), Spec((b, a), "below"), Spec((small, b), "above", "black")]
+    assert len({frozenset(named(spec)) for spec in same}) == 1
+
+
+def test_the_seed_decides():
+    def drawing(seed):
+        rng = np.random.default_rng(seed)
+        samples = [sample(rng, category, "train") for category in CATEGORIES]
+        return [s.prompt for s in samples], [paint(s.scene).tobytes() for s in samples]
+
+    assert drawing(3) == drawing(3) != drawing(4)
+
+
+def test_one_prompt_has_many_pictures():
+    rng = np.random.default_rng(0)
+    circles = [
+        s.scene
+        for s in (sample(rng, "single object", "train") for _ in range(1500))
+        if s.spec == Spec((Group("circle"),))
+    ]
+    looks = [scene.figures[0].look for scene in circles]
+    assert len({look[1] for look in looks}) == len(COLOURS) and len({look[3] for look in looks}) == len(PLACES)
+    assert {scene.background for scene in circles} == set(BACKGROUNDS)
+
+
+def circle(x, y, colour="red", shape="circle", radius=12.0):
+    return Figure(shape, colour, x, y, radius)
+
+
+def test_what_is_asked_and_only_that_must_be_there():
+    scene = Scene((circle(30, 30), circle(30, 90), circle(100, 60, "blue", "star", 20.0)), "black")
+    circles, star = Group("circle", "red", count=2), Group("star", size="large")
+    assert not broken(scene, Spec((circles, star), "left of", "black"))
+    assert not broken(scene, Spec((Group("circle"), Group("circle", place="top left"), star)))
+    wrong = [
+        Spec((circles, star), "right of"),
+        Spec((circles, star), None, "white"),
+        Spec((circles,)),
+        Spec((circles, Group("star", size="small"))),
+        Spec((circles, Group("star", place="left"))),
+        Spec((Group("circle", "red", count=3),)),
+        Spec((Group("circle"), Group("circle", "blue"), star)),
+    ]
+    assert all(broken(scene, spec) for spec in wrong)
+
+
+def test_a_spec_of_no_or_too_many_objects_is_refused():
+    for groups in ((), (Group("circle", count=5),), (Group("circle", count=3), Group("star", count=2))):
+        with pytest.raises(ValueError, match="objects"):
+            Spec(groups)
+    with pytest.raises(ValueError, match="left of"):
+        Spec((Group("circle"),), "left of")
+    with pytest.raises(ValueError, match="unknown category"):
+        propose(np.random.default_rng(0), "colours")
