@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib.util import find_spec
@@ -67,22 +68,39 @@ def test_constraints_pin_every_dependency_we_test():
         assert wanted.specifier.contains(versions[wanted.name.lower()]), f"{text} is not met by constraints.txt"
 
 
-def test_the_wheel_holds_every_module(tmp_path):
+@pytest.fixture(scope="module")
+def unpacked_sdist(tmp_path_factory) -> Path:
+    """A source distribution, unpacked; built from a copy of the checkout, since setuptools leaves files behind."""
     if find_spec("setuptools") is None:
         pytest.skip("building without isolation needs setuptools in this environment")
-    source = tmp_path / "source"  # a copy, since setuptools leaves build/ behind, and stale files of it ship
-    names = {"pyproject.toml", "README.md", "LICENSE", "py.typed", *(file.as_posix() for file in package_files())}
-    for name in names:
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, source / name)
+    work = tmp_path_factory.mktemp("sdist")
+    unwanted = (".*", "__pycache__", "build", "dist", "*.egg-info", "results")
+    shutil.copytree(ROOT, work / "source", ignore=shutil.ignore_patterns(*unwanted))
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(work)!r})"
+    done = python(code, work / "source")
+    assert done.returncode == 0, done.stderr
+    (archive,) = work.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(work, filter="data")
+    return work / archive.name.removesuffix(".tar.gz")
+
+
+def test_the_sdist_can_do_what_the_readme_says(unpacked_sdist):
+    wanted = ["constraints.txt", "README.md", "LICENSE", "tests/conftest.py", "tests/data/unipic-tiny/kl16.ckpt"]
+    wanted += ["tests/data/goldens/unipic1/cases/units.safetensors", "bench/gpu_check.sh"]
+    assert [name for name in wanted if not (unpacked_sdist / name).is_file()] == []
+    assert not list(unpacked_sdist.rglob("__pycache__"))
+
+
+def test_the_wheel_of_the_sdist_holds_every_module(unpacked_sdist, tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
-    done = subprocess.run(build, cwd=source, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(build, cwd=unpacked_sdist, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         shipped = set(archive.namelist())
         archive.extractall(tmp_path / "site")
-    assert {f"unipic_run/{name}" for name in names if name.endswith((".py", ".typed"))} <= shipped
+    assert {f"unipic_run/{name.as_posix()}" for name in [*package_files(), Path("py.typed")]} <= shipped
     assert any(name.endswith("licenses/LICENSE") for name in shipped)
     assert not any("tests/" in name for name in shipped)
     code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import unipic_run; print(unipic_run.__file__)"
