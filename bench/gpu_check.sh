@@ -41,7 +41,7 @@ part() {
 
 part environment 40 "$PYTHON" -c 'import sys; from unipic_run.cli import main; sys.exit(main())' doctor --json
 if command -v nvidia-smi >/dev/null; then part nvidia-smi 20 nvidia-smi -q; fi
-part gpu-tests 140 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests
+part gpu-tests 140 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/gpu
 part parity 90 "$PYTHON" bench/parity.py tests/data/goldens/unipic1 --checkpoint tests/data/unipic-tiny --device "$device"
 part latency 140 "${latency[@]}" --vram-cap 15
 part batch-of-4 90 "${latency[@]}" --tasks gen --batch 4

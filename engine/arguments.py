@@ -95,6 +95,7 @@ def repeated_settings(png: str, other_model: bool) -> dict[str, Any]:
     needs `other_model`, one named on the line. Raises ImageError for pictures without our settings, UsageError for
     those that text alone does not make again.
     """
+    from .checkpoint.cache import cached
     from .families import FAMILIES
     from .png_metadata import read_settings
 
@@ -107,8 +108,8 @@ def repeated_settings(png: str, other_model: bool) -> dict[str, Any]:
         if not isinstance(settings.get(name, ""), str):
             raise UsageError(f"{png} carries a {name} that is no text", "give the options by hand")
     model = settings.get("model", "unipic")
-    if not (other_model or model in FAMILIES or Path(model).expanduser().is_dir()):
-        raise UsageError(f"{png} was made with the model {model[:200]!r}, which is no folder here", "give --model")
+    if not (other_model or model in FAMILIES or Path(model).expanduser().is_dir() or cached(model)):
+        raise UsageError(f"{png} was made with the model {model[:200]!r}, which is not here", "give --model")
     if "size" in found:
         settings["size"] = parse_size(str(found["size"]))
     return settings

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .errors import BudgetError, UnsupportedDeviceError
+from .errors import BudgetError, UnsupportedDeviceError, UsageError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _LONG_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -34,14 +34,14 @@ def as_device(name: str | torch.device) -> torch.device:
 
 
 def as_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """auto is bfloat16 on CUDA and float32 on the CPU. Raises UnsupportedDeviceError."""
+    """auto is bfloat16 on CUDA and float32 on the CPU. Raises UsageError."""
     if isinstance(name, torch.dtype):
         name = str(name).removeprefix("torch.")
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "fp32"
     name = _LONG_NAMES.get(name, name)
     if name not in DTYPES:
-        raise UnsupportedDeviceError(f"dtype {name!r} is unknown", f"choose from auto, {', '.join(DTYPES)}")
+        raise UsageError(f"dtype {name!r} is unknown", f"choose from auto, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 

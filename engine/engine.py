@@ -166,6 +166,8 @@ class Engine:
         `fit` is given, and unmasked pixels stay exactly as they are.
         """
         picture = open_image(image)
+        if res is not None and fit is None and (mask is not None or outpaint is not None):
+            raise UsageError(f"res {res} has no effect: a masked edit keeps the picture's size", "add fit keep or crop")
         request = EditRequest(
             image=picture,
             prompts=as_prompts(prompt),

@@ -14,7 +14,7 @@ from typing import Any
 
 from . import families, pins
 from .checkpoint import manifest
-from .checkpoint.cache import cache_root, models_folder
+from .checkpoint.cache import cache_root, cached, models_folder
 from .checkpoint.manifest import Progress
 from .errors import CorruptWeightsError, ModelMissingError, UsageError
 from .pins import Pin
@@ -47,7 +47,8 @@ def resolve(
 ) -> Path:
     """The local folder of `model` in our format, fetched and converted first where that is needed.
 
-    A short name wins over a folder of that name, a folder over a hub id. `say` gets one sentence before anything slow.
+    A short name wins over a folder of that name, a folder over a name that `list` shows, and that over a hub id. `say`
+    gets one sentence before anything slow.
     Raises UsageError, ModelMissingError, CorruptWeightsError, OutputError.
     """
     return _resolve(model, revision, offline, _Job(on_progress, say or _silent, fully=False))
@@ -150,6 +151,9 @@ def _resolve(model: str | Path, revision: str | None, offline: bool, job: _Job) 
         if revision is not None:
             raise UsageError(f"{name} is a folder, which has no revision {revision!r}", "leave the revision out")
         return _from_folder(folder, job)
+    if found := cached(name):
+        job.check(found)
+        return found
     if _HUB_ID.fullmatch(name) and ".." not in name and not folder.exists():
         return _from_hub(name, revision, offline, job)
     raise ModelMissingError(

@@ -7,6 +7,7 @@ from typing import Any
 
 from . import families, hub
 from .checkpoint import manifest
+from .checkpoint.cache import cached
 from .errors import CorruptWeightsError, ModelMissingError
 from .families import Family
 
@@ -16,6 +17,8 @@ def info(what: str) -> dict[str, Any]:
     path = Path(what).expanduser()
     if what not in families.FAMILIES and path.is_dir():
         return checkpoint_info(path)
+    if found := cached(what):
+        return checkpoint_info(found)
     if what not in families.FAMILIES and (path.exists() or what.count("/") != 1):
         return picture_info(path)
     try:

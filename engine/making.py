@@ -48,7 +48,10 @@ def make_images(
     describe: Callable[[Job, Image.Image], dict[str, Any]],
     on_event: Callable[[Event], None] | None,
 ) -> list[Image.Image]:
-    """Images in the order of the jobs. On the CPU one at a time, so that an image never depends on its neighbours."""
+    """Images in the order of the jobs.
+
+    Unless asked otherwise one at a time on the CPU, where an image then does not depend on its neighbours by a bit.
+    """
     at_once = sampling.batch_size or (GPU_BATCH if clock.device.type == "cuda" else 1)
     images, reuse = [], None
     for first in range(0, len(jobs), at_once):

@@ -31,7 +31,7 @@ Question = Annotated[
     typer.Argument(metavar="QUESTION...", help="One or more; - reads one a line from stdin.", show_default=False),
 ]
 Name = Annotated[str, typer.Argument(metavar="MODEL", help="Short name, folder or hub id.", show_default=False)]
-Res = _option(int | None, "--res", metavar="PIXELS", help="Side of a square, a multiple of 16.")
+Res = _option(int | None, "--res", metavar="PIXELS", help="Side of a square, a multiple of 16; an edit takes its area.")
 N = _option(int, "-n", metavar="N", help="Copies of each prompt; copy i has seed + i.")
 Seed = _option(int | None, "--seed", metavar="S", help="Drawn and reported when not given.")
 Steps = _option(int | None, "--steps", "--iters", metavar="N", help="Rounds.")
@@ -39,7 +39,9 @@ Guidance = _option(float | None, "--guidance", "--cfg", metavar="X", help="1 tur
 Schedule = _option(str | None, "--cfg-schedule", metavar="NAME", help="Guidance over the rounds: constant or linear.")
 Temperature = _option(float | None, "--temperature", metavar="X", help="Scales the noise of the diffusion head.")
 Negative = _option(str | None, "--negative", metavar="TEXT", help="What to steer away from.")
-Batch = _option(int | None, "--batch-size", metavar="N", help="Pictures computed together.")
+Batch = _option(
+    int | None, "--batch-size", metavar="N", help="Pictures computed together; 1 on a CPU, 4 on a GPU unless given."
+)
 
 Model = _in(str | None, "--model", "-m", metavar="NAME", help="Short name, folder or hub id; unipic by default.")
 Device = _in(str, "--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")

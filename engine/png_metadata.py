@@ -177,4 +177,4 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _exists(path: Path) -> OutputError:
-    return OutputError(f"{str(path)!r} exists already", "choose another name, or allow overwriting")
+    return OutputError(f"{str(path)!r} exists already", "choose another name, or overwrite")

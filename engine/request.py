@@ -215,11 +215,10 @@ class CancelToken:
 def check_size(width: int, height: int) -> None:
     """Both sides must be positive multiples of 16 and not absurd."""
     for name, side in (("width", width), ("height", height)):
-        _whole(name, side, 1, MAX_SIDE)
+        _whole(name, side, PATCH, MAX_SIDE)
         if side % PATCH:
-            below, above = side // PATCH * PATCH, (side // PATCH + 1) * PATCH
-            choice = f"{below} or {above}" if below else f"{above}"
-            raise UsageError(f"{name} {side} is not a multiple of {PATCH}", f"use {choice}")
+            below = side // PATCH * PATCH
+            raise UsageError(f"{name} {side} is not a multiple of {PATCH}", f"use {below} or {below + PATCH}")
 
 
 def as_sampling(seed: int | None, options: SamplingOptions) -> Sampling:

@@ -50,7 +50,7 @@ class Pacer:
         if self.device.type != "cuda":
             return
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         self.events.append(event)
         if len(self.events) > 1:
             self.events.popleft().synchronize()

@@ -82,6 +82,8 @@ class _Saver:
         for index, (preview, settings) in enumerate(zip(event.previews, event.settings, strict=False), event.done):
             path = self.outputs.preview(index, preview, settings, event.round)
             self.terminal.say(f"preview: {path}")
+            row = {"path": str(path), "image": index, "round": event.round}
+            self.terminal.data.setdefault("previews", []).append(row)
         for index, (image, settings) in enumerate(zip(event.images, event.settings, strict=False), event.done):
             path = self.outputs.save(index, image, settings)
             self.terminal.data["images"].append(

@@ -27,6 +27,13 @@ def models_folder() -> Path:
     return cache_root() / "models"
 
 
+def cached(name: str) -> Path | None:
+    """The converted model that `list` shows under this name."""
+    folder = models_folder() / name
+    plain = Path(name).name == name and ".partial-" not in name
+    return folder if plain and (folder / "manifest.json").is_file() else None
+
+
 def again(folder: Path) -> str:
     """The remedy for a damaged folder in our format: a pull checks and repairs the cache, and nothing else."""
     if folder.resolve().parent != models_folder().resolve():

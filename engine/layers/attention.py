@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.attention import attention as sdpa
-from ..errors import UnipicWarning, UnsupportedDeviceError
+from ..errors import UnipicWarning, UnsupportedDeviceError, UsageError
 
 BACKENDS = ("auto", "sdpa", "flash-attn", "xformers")
 _MODULES = {"flash-attn": "flash_attn", "xformers": "xformers"}
@@ -38,9 +38,9 @@ class Attention:
 
 
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
-    """The backend for `name` on this device, or UnsupportedDeviceError with the reason."""
+    """The backend for `name` on this device. Raises UsageError, or UnsupportedDeviceError with the reason."""
     if name not in BACKENDS:
-        raise UnsupportedDeviceError(f"attention backend {name!r} is unknown", f"choose from {', '.join(BACKENDS)}")
+        raise UsageError(f"attention backend {name!r} is unknown", f"choose from {', '.join(BACKENDS)}")
     fits = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
     if name == "auto":
         name = "flash-attn" if fits and installed("flash-attn") else "sdpa"

@@ -22,8 +22,8 @@ IMAGE = Image.new("RGB", (32, 32))
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        ((0, 64), "width 0 is out of range: use 1 to 16384"),
-        ((7, 64), "width 7 is not a multiple of 16: use 16"),
+        ((0, 64), "width 0 is out of range: use 16 to 16384"),
+        ((7, 64), "width 7 is out of range: use 16 to 16384"),
         ((64, 1000), "height 1000 is not a multiple of 16: use 992 or 1008"),
         ((10**6, 64), "width 1000000 is out of range"),
         ((64.0, 64), "width 64.0 is not a whole number"),

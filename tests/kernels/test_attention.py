@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from unipic_run.engine.errors import UnsupportedDeviceError
+from unipic_run.engine.errors import UnsupportedDeviceError, UsageError
 from unipic_run.engine.layers.attention import Attention, prefix_attention, resolve
 from unipic_run.kernels.attention import attention, attention_ref
 
@@ -93,7 +93,7 @@ def test_resolving_names_the_reason() -> None:
     assert resolve("auto", cpu, torch.float32) == Attention("sdpa")
     with pytest.raises(UnsupportedDeviceError, match="flash"):
         resolve("flash-attn", cpu, torch.bfloat16)
-    with pytest.raises(UnsupportedDeviceError, match="choose from auto, sdpa"):
+    with pytest.raises(UsageError, match="choose from auto, sdpa"):
         resolve("magic", cpu, torch.bfloat16)
 
 
