@@ -4,6 +4,7 @@ Whatever stops the work (Ctrl-C, memory, a full disk) leaves all earlier picture
 """
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
@@ -12,6 +13,8 @@ from .request import MAX_SEED, Event, Sampling
 from .terminal import Terminal
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from .engine import Engine
     from .outputs import Outputs
 
@@ -79,18 +82,23 @@ class _Saver:
     def __call__(self, event: Event) -> None:
         if event.stage == "sample":
             self.show(event)
-        for index, (preview, settings) in enumerate(zip(event.previews, event.settings, strict=False), event.done):
-            path = self.outputs.preview(index, preview, settings, event.round)
-            self.terminal.say(f"preview: {path}")
-            row = {"path": str(path), "image": index, "round": event.round}
-            self.terminal.data.setdefault("previews", []).append(row)
-        for index, (image, settings) in enumerate(zip(event.images, event.settings, strict=False), event.done):
-            path = self.outputs.save(index, image, settings)
-            self.terminal.data["images"].append(
-                {"path": path and str(path), "seed": settings["seed"], "settings": settings}
-            )
-            if path:
-                self.terminal.line(str(path))
+        pictures = event.previews or event.images
+        if pictures:
+            save = partial(self.preview, event.round) if event.previews else self.picture
+            for index, (image, settings) in enumerate(zip(pictures, event.settings, strict=True), event.done):
+                save(index, image, settings)
+
+    def preview(self, number: int, index: int, image: "Image.Image", settings: dict[str, Any]) -> None:
+        path = self.outputs.preview(index, image, settings, number)
+        self.terminal.say(f"preview: {path}")
+        self.terminal.data.setdefault("previews", []).append({"path": str(path), "image": index, "round": number})
+
+    def picture(self, index: int, image: "Image.Image", settings: dict[str, Any]) -> None:
+        path = self.outputs.save(index, image, settings)
+        row = {"path": path and str(path), "seed": settings["seed"], "settings": settings}
+        self.terminal.data["images"].append(row)
+        if path:
+            self.terminal.line(str(path))
 
     def show(self, event: Event) -> None:
         text = f"image {event.done + 1} of {event.total}, round {event.round} of {event.rounds}"
