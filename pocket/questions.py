@@ -40,7 +40,7 @@ def sample_question(rng: Generator, kind: str, split: Split) -> Question:
     """One question of a kind. A training scene shows nothing held out, a test scene does."""
     while True:
         scene = any_scene(rng)
-        if held_out(scene) is (split == "test") and (asked := _MAKERS[kind](rng, scene)) is not None:
+        if held_out(scene) is (split == "test") and (asked := MAKERS[kind](rng, scene)) is not None:
             return Question(kind, scene, *asked)
 
 
@@ -148,7 +148,7 @@ def _stands(rng: Generator, scene: Scene, yes: bool) -> str | None:
     return _say(rng, "relation", a=first, relation=said, b=second)
 
 
-_MAKERS: dict[str, Callable[[Generator, Scene], Asked]] = {
+MAKERS: dict[str, Callable[[Generator, Scene], Asked]] = {
     "count": _count,
     "colour": _colour,
     "shape": _shape,

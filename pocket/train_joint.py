@@ -1,0 +1,99 @@
+"""Phase 2: LLM, MAR and diffusion head together, on generation, edits and questions, over a frozen autoencoder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.models.unipic.config import UniPicConfig
+from ..engine.models.unipic.model import UniPic, build
+from ..engine.tokens import Tokens
+from .batches import Draw, Pool, step_rng
+from .losses import HINT_WEIGHT, VARIANCE_WEIGHT, Hints, answer_losses, masked_share, picture_losses
+from .plans import JointPlan
+from .sitting import Losses, Plan, Run, generator, sit
+from .train_vae import Autoencoder
+
+EDIT_SHIFT = 0.37  # the edits' masked share is another than the generations' of the same step
+
+
+class Joint(nn.Module):
+    """What this phase trains: the model without its autoencoder, and the hints."""
+
+    def __init__(self, config: UniPicConfig) -> None:
+        super().__init__()
+        self.model = build(config)
+        self.hints = Hints(config.mar.width)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if not name.startswith("model.vae_")}
+
+
+def initialise(joint: Joint, seed: int) -> None:
+    """Xavier matrices; modulations and the head's last layer zero, so that each of its blocks starts as nothing."""
+    noise = generator(seed, 0)
+    for name, p in joint.trained().items():
+        if "modulation" in name or "head.final" in name or name.endswith("bias"):
+            nn.init.zeros_(p)
+        elif name.endswith(("pos_embed", "fake_latent", "mask_token", "embed.weight")) and "decoder.embed" not in name:
+            nn.init.normal_(p, 0, 0.02 if "diffusion" in name else 0.1, noise)
+        elif p.dim() > 1:
+            nn.init.xavier_uniform_(p, generator=noise)
+        else:
+            nn.init.ones_(p)
+
+
+def joint_losses(joint: Joint, tokens: Tokens, plan: JointPlan, draw: Draw, step: int) -> Losses:
+    """The sum over the three tasks, and its parts."""
+    noise = generator(plan.seed, step)
+    model, hints, losses = joint.model, joint.hints, {}
+    made = picture_losses(model, hints, tokens, draw.pictures(plan.pictures), masked_share(step), noise)
+    total = made["noise"] + VARIANCE_WEIGHT * made["variance"] + HINT_WEIGHT * made["hint"]
+    losses |= made
+    if plan.edits:
+        share = masked_share(step + EDIT_SHIFT / 0.6180339887)
+        edited = picture_losses(model, hints, tokens, draw.edits(plan.edits), share, noise)
+        total = total + (edited["noise"] + VARIANCE_WEIGHT * edited["variance"]) * plan.edits / plan.pictures
+        losses["edit"] = edited["noise"]
+    if plan.answers:
+        losses |= answer_losses(model, tokens, draw.answers(plan.answers))
+        total = total + 0.1 * losses["answer"]
+    return {"loss": total} | {name: value.detach() for name, value in losses.items()}
+
+
+def train_joint(
+    config: UniPicConfig,
+    vae: Autoencoder,
+    tokens: Tokens,
+    plan: JointPlan,
+    state: Path | None,
+    kept: Path | None,
+    minutes: float,
+    device: str = "cpu",
+    look: Callable[[UniPic, dict[str, Tensor], int], None] | None = None,
+    look_every: int = 1000,
+) -> tuple[UniPic, dict[str, Tensor], Run, bool]:
+    """The model, its averaged weights by name (the autoencoder's with them), the run, and whether it is complete."""
+    torch.manual_seed(plan.seed)
+    joint = Joint(config)
+    initialise(joint, plan.seed)
+    joint.model.vae_encoder, joint.model.vae_decoder = vae.vae_encoder, vae.vae_decoder
+    joint.to(device)
+    schedule = Plan(
+        plan.steps, plan.rate, plan.matrix_rate, warmup=200, decay=plan.decay, average=0.999, weight_decay=0.02
+    )
+    run = Run(joint.trained(), schedule, state)
+    pool = Pool(vae, config.vae_scale, plan, kept)
+
+    def losses_of(step: int) -> Losses:
+        draw = Draw(step_rng(plan.seed, step), pool.at(step), tokens, torch.device(device))
+        return joint_losses(joint, tokens, plan, draw, step)
+
+    def weights() -> dict[str, Tensor]:
+        own = {name.removeprefix("model."): t for name, t in run.average.items() if name.startswith("model.")}
+        return {**joint.model.state_dict(), **own}
+
+    seen = None if look is None else (lambda step: look(joint.model, weights(), step))
+    done = sit(run, losses_of, minutes, seen, look_every)
+    return joint.model, weights(), run, done

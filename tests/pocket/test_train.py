@@ -1,0 +1,246 @@
+"""Training runs the model that inference runs, goes down, and is the same whether interrupted or not."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from unipic_run import Engine
+from unipic_run.engine.layers.vae import VAEConfig
+from unipic_run.engine.models.unipic import model as family
+from unipic_run.engine.models.unipic.config import UniPicConfig
+from unipic_run.engine.models.unipic.prompts import IMAGE, turn
+from unipic_run.engine.noise import PhiloxNoise
+from unipic_run.engine.schedules import reveal_rounds
+from unipic_run.engine.task import Batch, Task
+from unipic_run.engine.tokens import Tokens
+from unipic_run.pocket.batches import Answers, Pictures, words_of
+from unipic_run.pocket.config import GRID, pocket_config
+from unipic_run.pocket.data import label
+from unipic_run.pocket.export import export
+from unipic_run.pocket.losses import answer_losses, conditions
+from unipic_run.pocket.muon import orthogonal
+from unipic_run.pocket.plans import JointPlan, Sizes, VAEPlan
+from unipic_run.pocket.samples import sample
+from unipic_run.pocket.sitting import Plan, Run, generator, pack, sit
+from unipic_run.pocket.tokenizer import END, UNKNOWN, pocket_tokenizer
+from unipic_run.pocket.train_joint import Joint, initialise, train_joint
+from unipic_run.pocket.train_vae import Autoencoder, crops, judge_vae, train_vae, vae_losses
+from unipic_run.pocket.vocabulary import vocabulary
+
+TINY_VAE = VAEConfig(base=32, multipliers=(1, 1, 1, 1, 1), latent=16)
+TINY_PLAN = JointPlan(
+    steps=4, pictures=4, edits=2, answers=4, shard=Sizes(scenes=4, edits=2), first_shards=1, fresh_every=100
+)
+PROMPTS = ("a red circle", "two small blue stars above a large yellow ring on a black background", "three crosses")
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer = pocket_tokenizer()
+    tokenizer.save(str(path))
+    return Tokens(path, IMAGE, tokenizer.token_to_id(IMAGE))
+
+
+@pytest.fixture(scope="module")
+def config(tokens) -> UniPicConfig:
+    known = tokens.tokenizer
+    full = pocket_config(known.get_vocab_size(), known.token_to_id(IMAGE), known.token_to_id(END), vae_scale=1.5)
+    return replace(
+        full,
+        llm=replace(full.llm, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=48),
+        mar=replace(full.mar, width=32, heads=4, encoder_depth=1, decoder_depth=2, mlp=48, buffer=4),
+        head=replace(full.head, width=32, depth=1, condition=32, frequencies=16, steps=4),
+        vae=TINY_VAE,
+        rounds=3,
+    )
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(0)
+    return Autoencoder(TINY_VAE).requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def random_model(config):
+    """Every weight random, so that no part of the path can be left out unnoticed."""
+    joint = Joint(config)
+    initialise(joint, 0)
+    noise = generator(9, 0)
+    for parameter in joint.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=noise)
+    return joint.model.requires_grad_(False)
+
+
+def test_the_tokenizer_knows_every_word_and_the_templates(tokens):
+    unknown = tokens.tokenizer.token_to_id(UNKNOWN)
+    for text in (*vocabulary(), *(turn(kind, PROMPTS[1]) for kind in ("generate", "edit", "ask"))):
+        assert unknown not in tokens.encode(text), text
+    assert len(tokens.encode(turn("generate", PROMPTS[0]))) == 9
+    assert tokens.encode("a Purple elephant")[2] == unknown
+    said = "a red circle, two stars and a ring on a white background"
+    assert tokens.decode(tokens.encode(said)) == said
+
+
+@pytest.mark.parametrize("kind", ["generate", "edit"])
+def test_training_sees_what_sampling_sees(random_model, tokens, kind):
+    """Conditions z of padded prompts of different lengths against those of the sampler, in every round."""
+    model, noise = random_model, generator(1, 1)
+    pixels = torch.rand(1, 3, 16 * GRID, 16 * GRID, generator=noise) * 2 - 1 if kind == "edit" else None
+    task = Task(kind, GRID, GRID, 5, 1.0, "constant", 1.0, pixels=pixels)
+    noises = [PhiloxNoise(i) for i in range(len(PROMPTS))]
+    rounds = reveal_rounds(torch.stack([each.order(GRID**2) for each in noises]), GRID, GRID, task.steps)
+    known = torch.randn(len(PROMPTS), GRID**2, 16, generator=noise)
+    with torch.inference_mode():
+        given = family.condition(model, tokens, task, Batch(PROMPTS, noises))
+        sampler = family.Sampler(model, given, task, noises)
+        sources = None if pixels is None else given.source.latents.expand(len(PROMPTS), -1, -1)
+        words = words_of(tokens, [turn(kind, prompt) for prompt in PROMPTS])
+        batch = Pictures(known, words, sources=sources)
+        for plan in rounds.rounds:
+            z = conditions(model, tokens, batch, known, plan.visible, plan.predicted)
+            torch.testing.assert_close(z, sampler.understand(known, plan), atol=2e-5, rtol=1e-4)
+
+
+def test_training_foresees_what_answering_says(random_model, tokens):
+    """The cross-entropy of a batch against the logits of the decoding loop."""
+    model, questions, answers = random_model, ("what color is the ring?", "count the stars"), ("blue", "a red circle")
+    latents = torch.randn(2, GRID**2, 16, generator=generator(2, 2))
+    words = words_of(tokens, [turn("ask", question) for question in questions], [said + END for said in answers])
+    expected = []
+    with torch.inference_mode():
+        for row, question, said in zip(latents, questions, answers, strict=True):
+            position = model.mar_encoder.positions(GRID, GRID)
+            x_con = model.mar_encoder(row[None], family.all_visible(row[None]), position)
+            features = family.buffers_last(model.proj_in(x_con), model.config.mar.buffer)
+            cache = family.read_image(model, tokens, features, spare=40)
+            ids = family.question_ids(tokens, question)
+            for word in tokens.encode(said + END):
+                expected.append(-family.next_logits(model, cache, ids).log_softmax(-1)[word])
+                ids = [word]
+        found = answer_losses(model, tokens, Answers(latents, words))["answer"]
+    torch.testing.assert_close(found, torch.stack(expected).mean(), atol=1e-5, rtol=1e-4)
+
+
+def test_labels_name_what_a_cell_shows():
+    scene = sample(np.random.default_rng(3), "single object", "train").scene
+    labels, figure = label(scene), scene.figures[0]
+    assert labels[int(figure.y) // 16 * GRID + int(figure.x) // 16] > 0
+    assert len(set(labels[:-1].tolist())) == 2  # nothing, and the one object
+
+
+@pytest.fixture(scope="module")
+def train(config, vae, tokens, tmp_path_factory):
+    """A few steps of phase 2; the latents of its one shard are encoded once."""
+    kept = tmp_path_factory.mktemp("shards")
+
+    def trained(state=None, **changes):
+        plan = replace(TINY_PLAN, **changes)
+        return train_joint(config, vae, tokens, plan, state, kept / str(plan.seed), 1.0)
+
+    return trained
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train):
+    first, again, other = (train(steps=2, seed=seed)[1] for seed in (2, 2, 3))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["proj_in.0.weight"], other["proj_in.0.weight"])
+
+
+def cut_at(step, advance):
+    """Run.advance that saves each step and is interrupted before one of them."""
+
+    def interrupted(run, losses):
+        if run.step == step:
+            raise KeyboardInterrupt
+        advance(run, losses)
+        run.save()
+
+    return interrupted
+
+
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(train, tmp_path, monkeypatch):
+    whole, state = train(tmp_path / "whole.safetensors")[1], tmp_path / "cut.safetensors"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "advance", cut_at(2, Run.advance))
+        train(state)
+    *_, resumed, run, done = train(state)
+    assert done and run.step == TINY_PLAN.steps
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_packed_state_goes_on_with_a_new_optimiser(tmp_path):
+    plan = Plan(steps=100, rate=0.1, matrix_rate=0.1, warmup=10, decay=0.5, average=0.9, weight_decay=0.0)
+    weight, bias = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
+    run = Run({"w": weight, "b": bias}, plan, tmp_path / "state.safetensors")
+    for _ in range(20):
+        run.advance({"loss": weight.square().sum() + bias.sum()})
+    run.save()
+    pack(tmp_path / "state.safetensors", tmp_path / "packed.safetensors")
+    other, bias = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.ones(2))
+    resumed = Run({"w": other, "b": bias}, plan, tmp_path / "packed.safetensors")
+    assert (resumed.step, resumed.share) == (20, pytest.approx(0.1))  # warming up again
+    torch.testing.assert_close(other, weight, atol=0, rtol=2**-8)
+    resumed.advance({"loss": other.square().sum() + bias.sum()})
+
+
+def test_both_phases_go_down(train, monkeypatch):
+    losses = []
+    monkeypatch.setattr(Run, "advance", recording(Run.advance, losses))
+    train(steps=30, rate=5e-3, decay=0.0)
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    losses.clear()
+    vae = Autoencoder(TINY_VAE)
+    pixels, weights = crops(np.random.default_rng(0), 2, 32)
+    run = Run(dict(vae.named_parameters()), Plan(12, 2e-3, 0.02, 1, 0.5, 0.9, 0.0), None)
+    sit(run, lambda step: vae_losses(vae, pixels, weights, generator(0, step)), 1.0)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_autoencoder_comes_back_with_averaged_weights_and_is_judged():
+    trained, done = train_vae(TINY_VAE, VAEPlan(steps=2, batch=1), None, 1.0)
+    judged = judge_vae(trained, pictures=2)
+    assert done and judged.read == 0.0 and judged.std > 0
+
+
+def recording(advance, losses):
+    def recorded(run, found):
+        losses.append(found["loss"].item())
+        advance(run, found)
+
+    return recorded
+
+
+@pytest.mark.parametrize("shape", [(24, 64), (64, 24)])
+def test_muon_moves_evenly_in_all_directions_of_a_gradient(shape):
+    gradient = torch.randn(shape, generator=generator(3, 3)) @ torch.diag(torch.logspace(0, -1, shape[1]))
+    left, values, right = torch.linalg.svd(orthogonal(gradient), full_matrices=False)
+    assert values.min() > 0.5 and values.max() < 1.3
+    turned, _, back = torch.linalg.svd(gradient, full_matrices=False)
+    assert torch.einsum("ij,ij->", left @ right, turned @ back) > 0.99 * min(shape)
+
+
+def test_the_minutes_end_a_sitting(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(2))
+    run = Run({"w": weight}, Plan(100, 0.1, 0.1, 1, 0.5, 0.9, 0.0), tmp_path / "state.safetensors")
+    assert not sit(run, lambda step: {"loss": weight.square().sum()}, minutes=0.0)
+    assert run.step == 0
+
+
+def test_the_rate_rises_stays_and_falls_to_nearly_nothing():
+    plan = Plan(steps=100, rate=1.0, matrix_rate=1.0, warmup=10, decay=0.2, average=0.9, weight_decay=0.0)
+    assert plan.share_at(0) == 0.1
+    assert plan.share_at(9) == plan.share_at(79) == 1.0
+    assert plan.share_at(99) == pytest.approx(0.05)
+
+
+def test_an_exported_folder_loads_and_does_all_three_tasks(config, random_model, tmp_path):
+    for _ in range(2):  # the second replaces the first
+        export(tmp_path / "pocket", config, random_model.state_dict(), {"step": 0})
+    with Engine.from_pretrained(tmp_path / "pocket", device="cpu") as engine:
+        image = engine.generate("a red circle", seed=1).images[0]
+        assert image.size == (128, 128)
+        assert engine.edit(image, "make it blue", seed=1).images[0].size == (128, 128)
+        assert isinstance(engine.ask(image, "what is in the picture?", max_new_tokens=4).text, str)
