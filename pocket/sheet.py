@@ -65,7 +65,3 @@ def save_sheet(path: Path, cells: list[tuple[Image.Image, str, bool]], columns: 
             draw.text((x, y + SIDE + 12 * line), text, fill="black" if ok else "red")
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
-
-
-def all_finite(weights: dict[str, Tensor]) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
