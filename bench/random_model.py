@@ -25,7 +25,7 @@ def released_architecture() -> UniPicConfig:
         head=HeadConfig(
             1536, 12, condition=1280, channels=16, frequencies=256, train_steps=1000, steps=100, max_beta=0.2
         ),
-        vae=VAEConfig(128, (1, 1, 2, 2, 4), latent=16),
+        vae=VAEConfig(128, (1, 1, 2, 2, 4), latent=16, groups=32),
         vae_scale=0.2325,
         image_token=151665,
         eos_token=151645,

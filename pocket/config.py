@@ -7,9 +7,9 @@ from .scenes import SIDE
 
 STRIDE = 16
 GRID = SIDE // STRIDE
-# Not 32 channels at the widest level: the decoder's last GroupNorm has 32 groups, and a group of one channel loses the
-# channel's mean, which is where the colour of a plain background would be.
-VAE = VAEConfig(base=64, multipliers=(1, 1, 1, 1, 1), latent=16)
+# Few channels where the picture is large, for speed on a CPU. Groups of several channels: a group of one would lose the
+# channel's mean in the decoder's last GroupNorm, which is where the colour of a plain background would be.
+VAE = VAEConfig(base=8, multipliers=(1, 2, 4, 8, 12), latent=16, groups=2)
 WIDTH = 192
 
 

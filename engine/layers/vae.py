@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ...kernels.attention import attention
 from .linear import Conv2d
 
-GROUPS = 32
 NORM_EPS = 1e-6
 BLOCKS = 2  # residual blocks a level in the encoder; the decoder has one more
 
@@ -22,22 +21,23 @@ class VAEConfig:
     base: int
     multipliers: tuple[int, ...]  # channels of level l are base * multipliers[l]
     latent: int
+    groups: int  # of every GroupNorm
 
     @property
     def widths(self) -> tuple[int, ...]:
         return tuple(self.base * m for m in self.multipliers)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, channels, eps=NORM_EPS)
+def group_norm(groups: int, channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=NORM_EPS)
 
 
 class ResBlock(nn.Module):
-    def __init__(self, width_in: int, width: int) -> None:
+    def __init__(self, width_in: int, width: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = group_norm(width_in)
+        self.norm1 = group_norm(groups, width_in)
         self.conv1 = Conv2d(width_in, width, 3, padding=1)
-        self.norm2 = group_norm(width)
+        self.norm2 = group_norm(groups, width)
         self.conv2 = Conv2d(width, width, 3, padding=1)
         self.nin_shortcut = Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
 
@@ -50,9 +50,9 @@ class ResBlock(nn.Module):
 class SpatialAttention(nn.Module):
     """Single-head attention over all positions of a map."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, groups: int) -> None:
         super().__init__()
-        self.norm = group_norm(width)
+        self.norm = group_norm(groups, width)
         self.q = Conv2d(width, width, 1)
         self.k = Conv2d(width, width, 1)
         self.v = Conv2d(width, width, 1)
@@ -89,11 +89,11 @@ class Level(nn.Module):
     """Residual blocks, each followed by attention where the level has it, then a change of size."""
 
     def __init__(
-        self, width_in: int, width: int, blocks: int, attended: bool, resize: tuple[str, nn.Module] | None
+        self, width_in: int, width: int, groups: int, blocks: int, attended: bool, resize: tuple[str, nn.Module] | None
     ) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(width if i else width_in, width) for i in range(blocks))
-        self.attn = nn.ModuleList(SpatialAttention(width) for _ in range(blocks if attended else 0))
+        self.block = nn.ModuleList(ResBlock(width if i else width_in, width, groups) for i in range(blocks))
+        self.attn = nn.ModuleList(SpatialAttention(width, groups) for _ in range(blocks if attended else 0))
         self.resize = resize[0] if resize else None
         if resize:
             self.add_module(*resize)
@@ -107,11 +107,11 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, groups: int) -> None:
         super().__init__()
-        self.block_1 = ResBlock(width, width)
-        self.attn_1 = SpatialAttention(width)
-        self.block_2 = ResBlock(width, width)
+        self.block_1 = ResBlock(width, width, groups)
+        self.attn_1 = SpatialAttention(width, groups)
+        self.block_2 = ResBlock(width, width, groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -126,14 +126,15 @@ class VAEEncoder(nn.Module):
             Level(
                 widths[level - 1] if level else config.base,
                 width,
+                config.groups,
                 BLOCKS,
                 attended=level == last,
                 resize=("downsample", Downsample(width)) if level < last else None,
             )
             for level, width in enumerate(widths)
         )
-        self.mid = Middle(widths[-1])
-        self.norm_out = group_norm(widths[-1])
+        self.mid = Middle(widths[-1], config.groups)
+        self.norm_out = group_norm(config.groups, widths[-1])
         self.conv_out = Conv2d(widths[-1], 2 * config.latent, 3, padding=1)
         self.quant_conv = Conv2d(2 * config.latent, 2 * config.latent, 1)
 
@@ -151,18 +152,19 @@ class VAEDecoder(nn.Module):
         widths, last = config.widths, len(config.widths) - 1
         self.post_quant_conv = Conv2d(config.latent, config.latent, 1)
         self.conv_in = Conv2d(config.latent, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1])
+        self.mid = Middle(widths[-1], config.groups)
         self.up = nn.ModuleList(
             Level(
                 widths[min(level + 1, last)],
                 width,
+                config.groups,
                 BLOCKS + 1,
                 attended=False,
                 resize=("upsample", Upsample(width)) if level else None,
             )
             for level, width in enumerate(widths)
         )
-        self.norm_out = group_norm(widths[0])
+        self.norm_out = group_norm(config.groups, widths[0])
         self.conv_out = Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ...layers.qwen2 import Qwen2Config
-from ...layers.vae import GROUPS, VAEConfig
+from ...layers.vae import VAEConfig
 from ...request import MAX_SIDE, PATCH
 
 VAE_LEVELS = int(math.log2(PATCH)) + 1  # each but the last halves the sides
@@ -104,9 +104,10 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "head.train_steps": (1, 10**4),
     "head.steps": (1, 10**4),
     "head.max_beta": (1e-4, 0.999),
-    "vae.base": (GROUPS, 4096),
+    "vae.base": (1, 4096),
     "vae.multipliers": (1, 64),  # each of them
     "vae.latent": (1, 1024),
+    "vae.groups": (1, 1024),
     "vae_scale": (1e-6, 1e6),
     "image_token": (0, 2**22),
     "eos_token": (0, 2**22),
@@ -126,7 +127,7 @@ RULES: tuple[tuple[str, str, str | int], ...] = (
     ("head.frequencies", "a multiple of", 2),
     ("head.steps", "at most", "head.train_steps"),
     ("vae.latent", "equal to", "mar.channels"),
-    ("vae.base", "a multiple of", GROUPS),
+    ("vae.base", "a multiple of", "vae.groups"),
     ("image_token", "below", "llm.vocab"),
     ("eos_token", "below", "llm.vocab"),
     ("resolution", "a multiple of", PATCH),

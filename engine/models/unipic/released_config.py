@@ -17,6 +17,7 @@ from .config import VAE_LEVELS, UniPicConfig, number
 
 SIZES = "tiny_config.json"
 RELEASED = {"mar_heads": 16, "buffer": 64, "steps": 100, "vae_scale": 0.2325, "img_size": 1024}
+VAE_GROUPS = 32
 VAE_WIDTHS = [f"vae.encoder.down.{level}.block.0.conv1.weight" for level in range(VAE_LEVELS)]
 MAX_JSON = 64 * 2**20
 _AGAIN = "download the checkpoint again"
@@ -107,6 +108,7 @@ def _vae(shape: Shapes) -> dict[str, Any]:
         "base": base,
         "multipliers": [width // max(base, 1) for width in widths],
         "latent": shape["vae.post_quant_conv.weight"][0],
+        "groups": VAE_GROUPS,
     }
 
 

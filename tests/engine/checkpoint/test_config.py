@@ -57,7 +57,7 @@ def test_no_field_takes_another_type_or_nonsense(good, path):
         ("head.steps", 1001, "head.steps is 1001, which is not at most head.train_steps, 1000"),
         ("head.max_beta", 1.0, "head.max_beta is 1.0"),
         ("head.channels", 8, "not equal to mar.channels, 16"),
-        ("vae.base", 48, "vae.base is 48, which is not a multiple of 32"),
+        ("vae.base", 48, "vae.base is 48, which is not a multiple of vae.groups, 32"),
         ("vae.multipliers", [], "not a list of 5 numbers"),
         ("vae.multipliers", [1, 1, 2, 2, 0], "vae.multipliers is 0"),
         ("vae_scale", 0.0, "vae_scale is 0.0"),
