@@ -25,7 +25,6 @@ from .scenes import BACKGROUNDS
 from .sitting import Losses
 
 VARIANCE_WEIGHT = 1.0  # of one timestep's term, a thousandth of the whole bound
-HINT_WEIGHT = 0.1
 DRAWS = 2  # noise levels per token
 LEVELS = 64  # timesteps a step; each is embedded once
 PREDICTED = 32  # tokens a picture at most

@@ -37,7 +37,6 @@ class Optimiser:
         self.matrices, self.others = inner, {n: p for n, p in parameters.items() if n not in inner}
         self.momenta = {name: torch.zeros_like(p) for name, p in inner.items()}
         self.adam = torch.optim.AdamW(self.others.values(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        self.taken = 0
 
     def zero_grad(self) -> None:
         for parameter in (*self.matrices.values(), *self.others.values()):
@@ -57,7 +56,6 @@ class Optimiser:
             rows, columns = ahead.shape
             move = orthogonal(ahead).view(p.shape) * max(1.0, rows / columns) ** 0.5
             p.mul_(1 - share * self.matrix_rate * self.weight_decay).sub_(move, alpha=share * self.matrix_rate)
-        self.taken += 1
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The state, by name."""
@@ -70,7 +68,6 @@ class Optimiser:
 
     def load(self, tensors: dict[str, Tensor], taken: int) -> None:
         """Go on after `taken` steps from what `tensors` gave."""
-        self.taken = taken
         for name, momentum in self.momenta.items():
             momentum.copy_(tensors[f"momentum/{name}"])
         for name, p in self.others.items():

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class VAEPlan:
-    """Phase 1, less than two hours on two CPU cores."""
+    """Phase 1, half an hour on two CPU cores."""
 
-    steps: int = 9000
-    batch: int = 4  # crops
-    rate: float = 2e-3  # AdamW's
-    matrix_rate: float = 0.02  # Muon's
+    steps: int = 4500
+    batch: int = 16  # crops
+    rate: float = 1e-3  # AdamW's
+    matrix_rate: float = 0.01  # Muon's
     seed: int = 1
 
 
@@ -24,17 +24,21 @@ class Sizes:
 
 @dataclass(frozen=True)
 class JointPlan:
-    """Phase 2, two sittings of two hours and a quarter on two CPU cores."""
-
-    steps: int = 12000
-    pictures: int = 40  # a step
-    edits: int = 6
-    answers: int = 8
+    steps: int
+    seed: int
+    hint_weight: float
+    pictures: int = 36  # a step
+    edits: int = 8
+    answers: int = 10
     rate: float = 1e-3  # AdamW's
     matrix_rate: float = 0.02  # Muon's
-    decay: float = 0.3
-    shard: Sizes = Sizes(scenes=384, edits=96)
+    decay: float = 0.35
+    shard: Sizes = Sizes(scenes=256, edits=160)
     shards: int = 32  # in use at a time, once there are so many
-    first_shards: int = 2
-    fresh_every: int = 250  # steps between new ones
-    seed: int = 2
+    first_shards: int = 4
+    fresh_every: int = 120  # steps between new ones
+
+
+# Phases 2 and 3, an hour and a half and two hours and a half on two CPU cores. The second goes on from the weights of
+# the first, with other data.
+JOINT = (JointPlan(steps=4600, seed=2, hint_weight=0.1), JointPlan(steps=7000, seed=3, hint_weight=0.0))

@@ -1,9 +1,10 @@
-"""A look at the model in training: a sheet of samples through the engine's own verbs, and how many are right."""
+"""A sheet of pictures with captions, and a look at the model in training through the engine's own verbs."""
 
 import copy
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -11,16 +12,12 @@ from ..engine.engine import Engine
 from ..engine.models.unipic import model as family
 from ..engine.models.unipic.model import UniPic
 from ..engine.tokens import Tokens
-from .detector import check
-from .edits import KINDS, check_edit, sample_edit
-from .painter import paint
-from .questions import KINDS as ASKED
-from .questions import check_answer, sample_question
-from .samples import SCORED, Split, sample
+from .exam import CATEGORIES, Outcome, draw_exam, sit_exam
 from .scenes import SIDE
 
-CAPTION = 26  # pixels
-BATCH = 8
+LINE, LINES, LETTERS = 12, 5, 21  # of a caption; pixels, and what fits under a picture
+CAPTION = LINE * LINES + 4
+COLUMNS = 8
 
 
 def engine_of(model: UniPic, weights: dict[str, Tensor], tokens: Tokens) -> Engine:
@@ -30,37 +27,32 @@ def engine_of(model: UniPic, weights: dict[str, Tensor], tokens: Tokens) -> Engi
     return Engine(family, copied, tokens, "pocket in training")
 
 
-def look(engine: Engine, path: Path, each: int = 4, seed: int = 0, split: Split = "test") -> dict[str, float]:
-    """Save a sheet of `each` samples of every category and kind; the share of right ones of generations, edits and
-    questions (of which there are ten times as many, unseen on the sheet)."""
-    rng = np.random.default_rng(seed)
-    drawn = [sample(rng, category, split) for category in SCORED for _ in range(each)]
-    made = engine.generate([s.prompt for s in drawn], seed=seed, batch_size=BATCH).images
-    right = [bool(check(image, s.spec)) for image, s in zip(made, drawn, strict=True)]
-    cells = [(image, s.prompt, ok) for image, s, ok in zip(made, drawn, right, strict=True)]
-    edits = [sample_edit(rng, kind, split) for kind in KINDS for _ in range(max(each // 2, 1))]
-    results = [engine.edit(paint(edit.source), edit.instruction, seed=seed).images[0] for edit in edits]
-    changed = [bool(check_edit(image, edit)) for image, edit in zip(results, edits, strict=True)]
-    for image, edit, ok in zip(results, edits, changed, strict=True):
-        cells += [(paint(edit.source), "before", True), (image, edit.instruction, ok)]
-    questions = [sample_question(rng, kind, split) for kind in ASKED for _ in range(each)]
-    answers = [engine.ask(paint(q.scene), q.text, max_new_tokens=40).text for q in questions]
-    answered = [check_answer(answer, q) for answer, q in zip(answers, questions, strict=True)]
-    save_sheet(path, cells, columns=2 * each)
-    shares = {"generation": right, "edit": changed, "question": answered}
-    return {name: sum(outcomes) / len(outcomes) for name, outcomes in shares.items()}
+def look(engine: Engine, path: Path, each: int = 6) -> dict[str, float]:
+    """Save a sheet of a small exam; the share of right ones by category."""
+    outcomes = sit_exam(engine, draw_exam(each), {})
+    save_sheet(path, outcomes)
+    shares = {}
+    for category in CATEGORIES:
+        own = [not o.faults for o in outcomes if o.category == category]
+        shares[category] = sum(own) / len(own)
+    return shares
 
 
-def save_sheet(path: Path, cells: list[tuple[Image.Image, str, bool]], columns: int) -> None:
-    """Pictures with captions, in red where they are wrong."""
-    rows = -(-len(cells) // columns)
-    sheet = Image.new("RGB", (columns * (SIDE + 4), rows * (SIDE + CAPTION)), "white")
+def save_sheet(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """Pictures over what was asked and, in red, what is wrong; an edit takes two cells."""
+    cells = []
+    for outcome in outcomes:
+        cells += [(picture, "before", ()) for picture in outcome.pictures[:-1]]
+        cells.append((outcome.pictures[-1], outcome.text, outcome.faults))
+    rows = -(-len(cells) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * (SIDE + 4), rows * (SIDE + CAPTION)), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (image, caption, ok) in enumerate(cells):
-        x, y = i % columns * (SIDE + 4), i // columns * (SIDE + CAPTION)
-        sheet.paste(image, (x, y))
-        lines = [caption[:22], caption[22:44]]
-        for line, text in enumerate(lines):
-            draw.text((x, y + SIDE + 12 * line), text, fill="black" if ok else "red")
+    for i, (picture, caption, faults) in enumerate(cells):
+        x, y = i % COLUMNS * (SIDE + 4), i // COLUMNS * (SIDE + CAPTION)
+        sheet.paste(picture, (x, y))
+        lines = [(line, "black") for line in textwrap.wrap(caption, LETTERS)]
+        lines += [(line, "red") for fault in faults for line in textwrap.wrap(fault, LETTERS)]
+        for row, (line, colour) in enumerate(lines[:LINES]):
+            draw.text((x, y + SIDE + LINE * row), line, fill=colour)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

@@ -59,9 +59,8 @@ class Run:
 
     @property
     def share(self) -> float:
-        """Of the full rate, for the next step; risen anew where a packed state left the optimiser out."""
-        risen = (self.optimiser.taken + 1) / self.plan.warmup
-        return min(self.plan.share_at(self.step), risen)
+        """Of the full rate, for the next step."""
+        return self.plan.share_at(self.step)
 
     def advance(self, losses: Losses) -> None:
         """One optimiser step down the gradient of `losses["loss"]`."""
@@ -81,18 +80,17 @@ class Run:
         tensors = dict(self.optimiser.tensors())
         for name, parameter in self.parameters.items():
             tensors[f"value/{name}"], tensors[f"average/{name}"] = parameter.detach(), self.average[name]
-        write_state(self.path, tensors, {"step": str(self.step), "taken": str(self.optimiser.taken)})
+        write_state(self.path, tensors, {"step": str(self.step)})
 
     def load(self, path: Path) -> None:
-        """Go on from a saved or packed state; a packed one has no optimiser, which begins anew."""
+        """Go on from a saved state."""
         with safe_open(path, framework="pt") as file:
             told, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         self.step = int(told["step"])
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"value/{name}"])
             self.average[name].copy_(tensors[f"average/{name}"])
-        if any(name.startswith("momentum/") for name in tensors):
-            self.optimiser.load(tensors, int(told["taken"]))
+        self.optimiser.load(tensors, self.step)
 
 
 def write_state(path: Path, tensors: dict[str, Tensor], told: dict[str, str]) -> None:
@@ -102,13 +100,6 @@ def write_state(path: Path, tensors: dict[str, Tensor], told: dict[str, str]) ->
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
     partial.replace(path)
-
-
-def pack(state: Path, packed: Path) -> None:
-    """A quarter of a state, to be handed on: bfloat16, and the optimiser begins anew from it."""
-    with safe_open(state, framework="pt") as file:
-        kept = [name for name in file.keys() if name.startswith(("value/", "average/"))]  # noqa: SIM118 (not a dict)
-        write_state(packed, {name: file.get_tensor(name).bfloat16() for name in kept}, file.metadata())
 
 
 def sit(

@@ -1,4 +1,4 @@
-"""Phase 2: LLM, MAR and diffusion head together, on generation, edits and questions, over a frozen autoencoder."""
+"""Phases 2 and 3: LLM, MAR and head together, on generation, edits and questions, over a frozen autoencoder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from ..engine.models.unipic.config import UniPicConfig
 from ..engine.models.unipic.model import UniPic, build
 from ..engine.tokens import Tokens
 from .batches import Draw, Pool, step_rng
-from .losses import HINT_WEIGHT, VARIANCE_WEIGHT, Hints, answer_losses, masked_share, picture_losses
+from .losses import VARIANCE_WEIGHT, Hints, answer_losses, masked_share, picture_losses
 from .plans import JointPlan
 from .sitting import Losses, Plan, Run, generator, sit
 from .train_vae import Autoencoder
@@ -49,7 +49,7 @@ def joint_losses(joint: Joint, tokens: Tokens, plan: JointPlan, draw: Draw, step
     noise = generator(plan.seed, step)
     model, hints, losses = joint.model, joint.hints, {}
     made = picture_losses(model, hints, tokens, draw.pictures(plan.pictures), masked_share(step), noise)
-    total = made["noise"] + VARIANCE_WEIGHT * made["variance"] + HINT_WEIGHT * made["hint"]
+    total = made["noise"] + VARIANCE_WEIGHT * made["variance"] + plan.hint_weight * made["hint"]
     losses |= made
     if plan.edits:
         share = masked_share(step + EDIT_SHIFT / 0.6180339887)
@@ -65,6 +65,7 @@ def joint_losses(joint: Joint, tokens: Tokens, plan: JointPlan, draw: Draw, step
 def train_joint(
     config: UniPicConfig,
     vae: Autoencoder,
+    begin: dict[str, Tensor] | None,
     tokens: Tokens,
     plan: JointPlan,
     state: Path | None,
@@ -74,10 +75,15 @@ def train_joint(
     look: Callable[[UniPic, dict[str, Tensor], int], None] | None = None,
     look_every: int = 1000,
 ) -> tuple[UniPic, dict[str, Tensor], Run, bool]:
-    """The model, its averaged weights by name (the autoencoder's with them), the run, and whether it is complete."""
+    """The model, its averaged weights by name (the autoencoder's with them), the run, and whether it is complete.
+
+    `begin` is what the phase before ended with, None for none.
+    """
     torch.manual_seed(plan.seed)
     joint = Joint(config)
     initialise(joint, plan.seed)
+    if begin is not None:
+        joint.model.load_state_dict(begin)
     joint.model.vae_encoder, joint.model.vae_decoder = vae.vae_encoder, vae.vae_decoder
     joint.to(device)
     schedule = Plan(
