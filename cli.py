@@ -80,6 +80,7 @@ def gen(
     shape = a.wanted_size(res, size) or old.get("size")
     sampling = a.sampling(asked, n=n, batch_size=batch_size, preview_every=preview_every)
     GenerateRequest(tuple(prompts), shape or (PATCH, PATCH), sampling)  # refuses before a model is loaded
+    _hint(terminal, asked.get("model"), prompts)
     order = Order("generate", tuple(prompts), sampling, a.given(size=shape and f"{shape[0]}x{shape[1]}"))
     saving = {"target": output, "overwrite": overwrite, "metadata": not no_metadata}
     loading = a.loading(asked, device=device, attention=attn, revision=revision, offline=offline)
@@ -132,6 +133,7 @@ def edit(
     )
     sampling = a.sampling(asked, n=n, batch_size=batch_size, preview_every=preview_every)
     EditRequest(picture, tuple(prompts), sampling, PATCH if res is None else res, **where)  # refuses early
+    _hint(terminal, model, prompts)
     order = Order("inpaint" if {"mask", "outpaint"} & {*where} else "edit", tuple(prompts), sampling, a.given(fit=fit))
     saving = {"target": output, "overwrite": overwrite, "metadata": not no_metadata}
     loading = a.loading(asked, device=device, attention=attn, revision=revision, offline=offline)
@@ -164,6 +166,7 @@ def ask(
     how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     for text in questions:
         AskRequest(text, PATCH if res is None else res, **how, seed=seed or 0)  # refuses before a model is loaded
+    _hint(terminal, model, questions)
     asked = a.given(model=model, dtype=dtype, exact_rope=exact_rope)
     loading = a.loading(asked, device=device, attention=attn, revision=revision, offline=offline)
     with open_engine(terminal, loading) as engine:
@@ -298,6 +301,15 @@ def _call(arguments: list[str], terminal: Terminal) -> int:
         where = getattr(getattr(error, "ctx", None), "command_path", "unipic-run")
         raise UsageError(error.format_message().rstrip("."), f"see {where} --help") from None
     return 0
+
+
+def _hint(terminal: Terminal, model: str | None, texts: Sequence[str]) -> None:
+    """Rather than let a model of few words paint something else in silence."""
+    if model == "pocket":
+        from unipic_run.pocket.vocabulary import hint
+
+        if said := hint(texts):
+            terminal.say(said)
 
 
 def _terminal(ctx: typer.Context, as_json: bool, quiet: bool = False) -> Terminal:

@@ -96,7 +96,7 @@ def repeated_settings(png: str, other_model: bool) -> dict[str, Any]:
     those that text alone does not make again.
     """
     from .checkpoint.cache import cached
-    from .families import FAMILIES
+    from .families import short_names
     from .png_metadata import read_settings
 
     found = read_settings(png)
@@ -108,7 +108,7 @@ def repeated_settings(png: str, other_model: bool) -> dict[str, Any]:
         if not isinstance(settings.get(name, ""), str):
             raise UsageError(f"{png} carries a {name} that is no text", "give the options by hand")
     model = settings.get("model", "unipic")
-    if not (other_model or model in FAMILIES or Path(model).expanduser().is_dir() or cached(model)):
+    if not (other_model or model in short_names() or Path(model).expanduser().is_dir() or cached(model)):
         raise UsageError(f"{png} was made with the model {model[:200]!r}, which is not here", "give --model")
     if "size" in found:
         settings["size"] = parse_size(str(found["size"]))

@@ -102,7 +102,8 @@ class Engine:
             weights.load(module, folder, place, precision, on_progress=on_progress)
         tokens = Tokens(folder / "tokenizer.json", family.IMAGE, config.image_token)
         # A folder is named without its path: names end up in pictures that are passed on.
-        name = folder.name if Path(model).expanduser().is_dir() else os.fspath(model)
+        named = model in families.short_names() or not Path(model).expanduser().is_dir()
+        name = os.fspath(model) if named else folder.name
         return cls(family, module.eval().requires_grad_(False), tokens, name)
 
     def __enter__(self) -> "Engine":

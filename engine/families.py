@@ -5,7 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.cache import again
+from .checkpoint.cache import PACKAGED, again
 from .checkpoint.config_file import read_config_file
 from .errors import CorruptWeightsError, UsageError
 
@@ -36,6 +36,11 @@ FAMILIES = {
         "original code with small random weights",
     ),
 }
+
+
+def short_names() -> tuple[str, ...]:
+    """What --model takes without a slash: models inside the package, then families that can be pulled."""
+    return (*PACKAGED, *FAMILIES)
 
 
 def get(name: str) -> Family:

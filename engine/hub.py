@@ -14,7 +14,7 @@ from typing import Any
 
 from . import families, pins
 from .checkpoint import manifest
-from .checkpoint.cache import cache_root, cached, models_folder
+from .checkpoint.cache import PACKAGED, cache_root, cached, listed_name, models_folder
 from .checkpoint.manifest import Progress
 from .errors import CorruptWeightsError, ModelMissingError, UsageError
 from .pins import Pin
@@ -68,31 +68,35 @@ def describe(folder: Path) -> LocalModel:
     found = manifest.check(folder)
     family = families.get(read_config_file(folder)["family"])
     nbytes = sum(entry["size"] for entry in found["files"].values())
-    source, licence = _origin(found["source"], family)
-    return LocalModel(folder.name, family.name, folder, source, nbytes, licence, family.note)
+    source, licence, note = _origin(found["source"], family)
+    return LocalModel(listed_name(folder), family.name, folder, source, nbytes, licence, note)
 
 
-def _origin(source: object, family: families.Family) -> tuple[str, str]:
-    """Where a manifest says its folder came from, and the licence as far as that tells."""
+def _origin(source: object, family: families.Family) -> tuple[str, str, str]:
+    """Where a manifest says its folder came from, the licence as far as that tells, and a note."""
     match source:
         case {"hub": {"repo": str(repo), "commit": str(commit)}}:
             licence = family.licence if repo == family.hub else f"see https://huggingface.co/{repo}"
-            return f"{repo} at commit {commit}", licence
+            return f"{repo} at commit {commit}", licence, family.note
         case {"folder": str(folder)}:
-            return folder, f"if these are the weights of {family.hub}: {family.licence}"
-    return "unknown", "unknown"
+            return folder, f"if these are the weights of {family.hub}: {family.licence}", family.note
+        case {"trained by": str(script)}:
+            return f"trained by {script}", "Apache-2.0, as this package", "knows a world of coloured shapes"
+    return "unknown", "unknown", family.note
 
 
 def list_models() -> list[LocalModel]:
-    """Every converted model in the cache, then the known families that are not there."""
+    """The models inside the package, every converted one in the cache, then the known families that are not there."""
     rows = []
     models = models_folder()
-    for folder in sorted(models.iterdir()) if models.is_dir() else []:
+    made = sorted(models.iterdir()) if models.is_dir() else []
+    for folder in (*PACKAGED.values(), *made):
         if (folder / manifest.NAME).is_file() and ".partial-" not in folder.name:
             try:
                 rows.append(describe(folder))
             except (CorruptWeightsError, ModelMissingError, UsageError) as error:
-                rows.append(LocalModel(folder.name, "?", folder, f"damaged: {error.what}", 0, "?", error.remedy))
+                name, damage = listed_name(folder), f"damaged: {error.what}"
+                rows.append(LocalModel(name, "?", folder, damage, 0, "?", error.remedy))
     fetched = {row.name.split("@")[0] for row in rows}
     for family in families.FAMILIES.values():
         if _slug(family.hub) not in fetched:
@@ -102,7 +106,8 @@ def list_models() -> list[LocalModel]:
 
 def works_now() -> str:
     """What a user without the wanted model can run at once, as half a sentence."""
-    here = [str(row.path) for row in list_models() if row.path is not None and row.family != "?"]
+    rows = [row for row in list_models() if row.path is not None and row.family != "?"]
+    here = [row.name if row.name in PACKAGED else str(row.path) for row in rows]
     more = f" and {len(here) - SHOWN} more (`unipic-run list`)" if len(here) > SHOWN else ""
     known = ", ".join(here[:SHOWN]) or "no model yet"
     return f"on this machine: {known}{more}; `--model FOLDER` runs any checkpoint you have"
@@ -144,6 +149,11 @@ class _Job:
 def _resolve(model: str | Path, revision: str | None, offline: bool, job: _Job) -> Path:
     """As `resolve`; what is here already and damaged, as far as `job` looks, is made again."""
     name = str(model)
+    if name in PACKAGED:
+        if revision is not None:
+            raise UsageError(f"{name} comes with the package and has no revision {revision!r}", "leave it out")
+        job.check(PACKAGED[name])
+        return PACKAGED[name]
     if name in families.FAMILIES:
         return _from_hub(families.FAMILIES[name].hub, revision, offline, job)
     folder = Path(model).expanduser()
@@ -156,9 +166,8 @@ def _resolve(model: str | Path, revision: str | None, offline: bool, job: _Job) 
         return found
     if _HUB_ID.fullmatch(name) and ".." not in name and not folder.exists():
         return _from_hub(name, revision, offline, job)
-    raise ModelMissingError(
-        f"{name} is no folder, no hub id (org/name) and no known name ({', '.join(families.FAMILIES)})", works_now()
-    )
+    known = ", ".join(families.short_names())
+    raise ModelMissingError(f"{name} is no folder, no hub id (org/name) and no known name ({known})", works_now())
 
 
 def _from_folder(folder: Path, job: _Job) -> Path:

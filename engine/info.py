@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from . import families, hub
-from .checkpoint import manifest
 from .checkpoint.cache import cached
 from .errors import CorruptWeightsError, ModelMissingError
 from .families import Family
@@ -15,7 +14,7 @@ from .families import Family
 def info(what: str) -> dict[str, Any]:
     """Of a PNG, a checkpoint folder, or a model's name. Raises UnipicError."""
     path = Path(what).expanduser()
-    if what not in families.FAMILIES and path.is_dir():
+    if what not in families.short_names() and path.is_dir():
         return checkpoint_info(path)
     if found := cached(what):
         return checkpoint_info(found)
@@ -46,11 +45,14 @@ def checkpoint_info(folder: Path) -> dict[str, Any]:
     from .checkpoint.convert import is_converted
 
     if is_converted(folder):
-        source = hub.describe(folder).source
+        row = hub.describe(folder)
         family, config = families.read(folder)
         sizes, types = _stored(folder)
-        nbytes = sum(entry["size"] for entry in manifest.read(folder)["files"].values())
-        return _described(folder, "converted", family, config, sizes, types, nbytes) | {"source": source}
+        return _described(folder, "converted", family, config, sizes, types, row.nbytes) | {
+            "source": row.source,
+            "licence": row.licence,
+            "note": row.note,
+        }
     name = next((name for name in families.FAMILIES if families.released(name).is_released(folder)), None)
     if name is None:
         raise ModelMissingError(f"{folder} holds neither a converted nor a released checkpoint", hub.works_now())
@@ -58,7 +60,8 @@ def checkpoint_info(folder: Path) -> dict[str, Any]:
         sizes = [math.prod(tensor.shape) for tensor in found.tensors.values()]
         types = [str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values()]
         nbytes = sum(path.stat().st_size for path in families.released(name).files(folder))
-        return _described(folder, "released", families.get(name), found.config, sizes, types, nbytes)
+        described = _described(folder, "released", families.get(name), found.config, sizes, types, nbytes)
+        return described | {"card": families.get(name).card}
 
 
 def on_disk(model: str) -> list[Path]:
@@ -67,7 +70,7 @@ def on_disk(model: str) -> list[Path]:
     Raises ModelMissingError if there is none.
     """
     folder = Path(model).expanduser()
-    if model not in families.FAMILIES and folder.is_dir():
+    if model not in families.short_names() and folder.is_dir():
         return [folder]
     repo = families.FAMILIES[model].hub if model in families.FAMILIES else model
     rows = hub.list_models()
@@ -92,7 +95,6 @@ def _described(
         "steps": config.rounds,
         "guidance": config.guidance,
         "licence": family.licence,
-        "card": family.card,
         "note": family.note,
     }
 

@@ -1,4 +1,4 @@
-"""Where the models that were made on this machine are kept, and what makes a damaged one again."""
+"""Where the models on this machine are kept, and what makes a damaged one again."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+PACKAGED = {"pocket": Path(__file__).parents[2] / "pocket" / "weights"}  # models that ship inside the package
 
 
 def cache_root() -> Path:
@@ -28,14 +29,21 @@ def models_folder() -> Path:
 
 
 def cached(name: str) -> Path | None:
-    """The converted model that `list` shows under this name."""
-    folder = models_folder() / name
+    """The model in our format that `list` shows under this name."""
+    folder = PACKAGED.get(name, models_folder() / name)
     plain = Path(name).name == name and ".partial-" not in name
-    return folder if plain and (folder / "manifest.json").is_file() else None
+    return folder if plain and (folder / MANIFEST).is_file() else None
+
+
+def listed_name(folder: Path) -> str:
+    """The name under which `list` shows a folder."""
+    return next((name for name, packaged in PACKAGED.items() if packaged == folder), folder.name)
 
 
 def again(folder: Path) -> str:
     """The remedy for a damaged folder in our format: a pull checks and repairs the cache, and nothing else."""
+    if folder in PACKAGED.values():
+        return "install unipic-run again"
     if folder.resolve().parent != models_folder().resolve():
         return "delete the folder and convert it again"
     try:
