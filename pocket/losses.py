@@ -26,6 +26,7 @@ from .sitting import Losses
 
 VARIANCE_WEIGHT = 1.0  # of one timestep's term, a thousandth of the whole bound
 DRAWS = 2  # noise levels per token
+WORDS_FIRST = 250  # steps
 LEVELS = 64  # timesteps a step; each is embedded once
 PREDICTED = 32  # tokens a picture at most
 
@@ -185,13 +186,15 @@ def answer_losses(model: UniPic, tokens: Tokens, batch: Answers) -> Losses:
 
 
 def masked_share(step: int) -> float:
-    """Share of masked tokens: everything now and then, mostly 0.7 or more as MAR trains, lower ones for late rounds.
+    """Share of masked tokens: often everything, which words alone foretell, then 0.7 or more as MAR trains, then less.
+
+    At first everything: once it has learned to look at its neighbours, a model is slow to learn to read.
 
     Steps of the golden ratio: evenly spread over any stretch of training.
     """
     u = (step * 0.6180339887) % 1.0
-    if u < 0.12:
+    if step < WORDS_FIRST or u < 0.35:
         return 1.0
-    if u < 0.62:
-        return 1.0 - 0.3 * (u - 0.12) / 0.5
-    return 0.7 - 0.65 * (u - 0.62) / 0.38
+    if u < 0.75:
+        return 1.0 - 0.3 * (u - 0.35) / 0.4
+    return 0.7 - 0.65 * (u - 0.75) / 0.25

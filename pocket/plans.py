@@ -27,11 +27,11 @@ class JointPlan:
     steps: int
     seed: int
     hint_weight: float
-    pictures: int = 36  # a step
-    edits: int = 8
-    answers: int = 10
+    pictures: int = 28  # a step
+    edits: int = 6
+    answers: int = 8
     rate: float = 1e-3  # AdamW's
-    matrix_rate: float = 0.02  # Muon's
+    matrix_rate: float = 0.005  # Muon's; at 0.02 the prompt was never used
     decay: float = 0.35
     shard: Sizes = Sizes(scenes=256, edits=160)
     shards: int = 32  # in use at a time, once there are so many
@@ -41,4 +41,4 @@ class JointPlan:
 
 # Phases 2 and 3, an hour and a half and two hours and a half on two CPU cores. The second goes on from the weights of
 # the first, with other data.
-JOINT = (JointPlan(steps=4600, seed=2, hint_weight=0.1), JointPlan(steps=7000, seed=3, hint_weight=0.0))
+JOINT = (JointPlan(steps=1100, seed=2, hint_weight=1.0), JointPlan(steps=7000, seed=3, hint_weight=0.0))

@@ -2,8 +2,8 @@
 
 python -m unipic_run.pocket.train --minutes 150        a sitting; the same command again goes on where it ended
 
-The state stays in --work. The later phases end with the model's weights in --out, and the last goes on from those of
-the one before, also where --work is empty. Delete both folders to begin anew.
+The state stays in --work. Every phase but the last ends with what the next begins with in --begun, the last with the
+model in --out. Delete these folders to begin anew.
 """
 
 import argparse
@@ -31,23 +31,22 @@ from .tokenizer import END, pocket_tokenizer
 from .train_joint import train_joint
 from .train_vae import Autoencoder, judge_vae, train_vae
 
+HERE = Path(__file__).parent
 VAE_STATE, VAE_DONE = "vae-state.safetensors", "vae.safetensors"
 
 
 def main() -> None:
+    torch.set_flush_denormal(True)  # before any thread begins; averages that fade out would slow a CPU several times
     options = arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
     until = time.monotonic() + 60 * options.minutes
-    done = phases_in(options.out)
-    if not done and not (options.work / VAE_DONE).exists():
+    if not phases_in(options.begun):
         finish_vae(options)
-    if done or (options.work / VAE_DONE).exists():
-        for phase in range(done, len(JOINT)):
-            if time.monotonic() < until and phase == phases_in(options.out):
-                joint(options, phase, (until - time.monotonic()) / 60)
-    if done == len(JOINT):
-        print(f"{options.out} is trained to the end: delete it to begin anew")
+    while time.monotonic() < until and phases_in(options.begun) and not phases_in(options.out):
+        joint(options, phases_in(options.begun) - 1, (until - time.monotonic()) / 60)
+    if phases_in(options.out):
+        print(f"{options.out} is trained to the end: delete it, and {options.begun}, to begin anew")
 
 
 def finish_vae(options: argparse.Namespace) -> None:
@@ -59,30 +58,32 @@ def finish_vae(options: argparse.Namespace) -> None:
     if done:
         # What ships is bfloat16: the latents that the next phase learns are those of the shipped encoder.
         shipped = {name: tensor.bfloat16() for name, tensor in vae.state_dict().items()}
-        write_state(work / VAE_DONE, shipped, {"scale": f"{1 / judged.std:.4f}"})
+        write_state(options.begun / VAE_DONE, shipped, {"scale": f"{1 / judged.std:.4f}"})
 
 
-def phases_in(out: Path) -> int:
-    """How many of the joint phases the weights in a folder have behind them."""
-    return manifest.verify(out)["source"]["phases"] if (out / manifest.NAME).exists() else 0
+def phases_in(folder: Path) -> int:
+    """How many phases the weights in a folder have behind them."""
+    if (folder / manifest.NAME).exists():
+        return manifest.verify(folder)["source"]["phases"]
+    return int((folder / VAE_DONE).exists())
 
 
-def begun(out: Path, work: Path) -> tuple[dict[str, Tensor], float]:
+def begun(folder: Path) -> tuple[dict[str, Tensor], float]:
     """What a joint phase begins with: tensors of the autoencoder or of all, float32, and the scale of its latents."""
-    if phases_in(out):
-        path, scale = out / "model.safetensors", read_config_file(out)["config"]["vae_scale"]
+    if (folder / manifest.NAME).exists():
+        path, scale = folder / "model.safetensors", read_config_file(folder)["config"]["vae_scale"]
     else:
-        path = work / VAE_DONE
+        path = folder / VAE_DONE
         with safe_open(path, framework="pt") as file:
             scale = float(file.metadata()["scale"])
     return {name: tensor.float() for name, tensor in load_file(path).items()}, scale
 
 
 def joint(options: argparse.Namespace, phase: int, minutes: float) -> None:
-    """A sitting of a joint phase, a look at the model, and its export."""
+    """A sitting of a joint phase, a look at the model, and its export when the phase is over."""
     work, plan = options.work, JOINT[phase]
     work.mkdir(parents=True, exist_ok=True)
-    tensors, scale = begun(options.out, work)
+    tensors, scale = begun(options.begun)
     vae = Autoencoder(VAE)
     vae.load_state_dict({name: tensors[name] for name in vae.state_dict()})
     vae.to(options.device, memory_format=torch.channels_last).requires_grad_(False).eval()
@@ -111,10 +112,10 @@ def joint(options: argparse.Namespace, phase: int, minutes: float) -> None:
         options.look_every,
     )
     show(model, weights, run.step)
-    if done or not phases_in(options.out):
-        told = {"trained by": "pocket/train.py", "phases": phase + done, "step": run.step, "of": plan.steps}
-        export(options.out, config, weights, told)
-        print(f"exported step {run.step} of {plan.steps}, phase {phase + 2}, to {options.out}")
+    if done:
+        folder = options.out if plan is JOINT[-1] else options.begun
+        export(folder, config, weights, {"trained by": "pocket/train.py", "phases": phase + 2})
+        print(f"phase {phase + 2} is over: {folder}")
 
 
 def configured(tokens: Tokens, scale: float) -> UniPicConfig:
@@ -136,7 +137,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of the CPU; all by default")
     parser.add_argument("--look-every", type=int, default=1000, help="steps between sample sheets")
     parser.add_argument("--work", type=Path, default=Path("pocket-work"), help="state, shards and sheets")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="where the model goes")
+    parser.add_argument("--begun", type=Path, default=HERE / "begun", help="what one phase hands on to the next")
+    parser.add_argument("--out", type=Path, default=HERE / "weights", help="where the model goes")
     return parser.parse_args()
 
 
