@@ -20,6 +20,11 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before any test module
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on busy cores two threads make the tiny model 20 times slower
 
+import torch  # noqa: E402 (counts its threads when it is imported)
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where kernels are defined, so before any of them is imported
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]

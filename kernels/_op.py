@@ -1,0 +1,152 @@
+"""What every kernel file is built on: an operator that torch sees on any device, its cost, its cases, its launches.
+
+CUDA runs Triton, the meta device only notes what would be launched, everything else runs plain torch in the tensors'
+own dtype. So do inputs that want a gradient and, after one warning, operators whose kernels cannot be compiled here.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:  # Windows and macOS
+    HAS_TRITON = False
+
+    class _Absent:
+        """Lets kernel files be imported where there is no Triton: an attribute is itself, a decorator nothing."""
+
+        def __getattr__(self, name: str) -> Any:
+            return self
+
+        def __call__(self, function: Any = None, **options: Any) -> Any:
+            return self if function is None else function
+
+    triton = tl = _Absent()
+
+__all__ = ["LIBRARY", "Case", "Cost", "KernelWarning", "Launch", "Operator", "launch", "recording", "tl", "triton"]
+
+LIBRARY = torch.library.Library("unipic", "DEF")
+_interpreted: ContextVar[bool] = ContextVar("interpreted", default=False)
+_recorded: ContextVar["list[Launch] | None"] = ContextVar("recorded", default=None)
+
+
+class KernelWarning(UserWarning):
+    """A kernel cannot run here, and torch does its work."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one call: multiply-adds count two, bytes are what must be read and written once."""
+
+    flop: int
+    nbytes: int
+    launches: int = 0  # of the library's kernels, which `launch` does not see
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments worth a check: why, how to make them on a device, and for which of interp, aot and gpu."""
+
+    why: str
+    make: Callable[[torch.device | str], tuple[Any, ...]]
+    marks: str = "interp aot gpu"
+    operators: str = ""  # whom they are for, by name; what that is by default says kernels/_registry.py
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as it was, or would have been."""
+
+    kernel: Any  # the jitted function
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]  # constexprs, num_warps, num_stages
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Launch a jitted function; while `recording`, note it too, and on the meta device nothing else."""
+    if not all(grid):
+        return
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded.append(Launch(kernel, grid, arguments, options))
+    if not any(isinstance(x, Tensor) and x.is_meta for x in arguments):
+        kernel[grid](*arguments, **options)
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collects the launches made inside."""
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorded.reset(token)
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """CPU tensors take the Triton path inside; the process must have been started with TRITON_INTERPRET=1."""
+    token = _interpreted.set(True)
+    try:
+        yield
+    finally:
+        _interpreted.reset(token)
+
+
+class Operator:
+    """`torch` and `triton` compute the same from the arguments of `schema`, the second by way of `launch`."""
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        torch: Callable[..., Any],
+        triton: Callable[..., Any],
+        cost: Callable[..., Cost],
+    ) -> None:
+        self.name, self.torch, self.triton, self.cost = schema.partition("(")[0], torch, triton, cost
+        self.broken = not HAS_TRITON
+        LIBRARY.define(schema)
+        LIBRARY.impl(self.name, triton, "CompositeExplicitAutograd")
+        OPERATORS[f"unipic::{self.name}"] = self
+
+    @property
+    def op(self) -> Any:
+        return getattr(torch.ops.unipic, self.name)
+
+    def __call__(self, *arguments: Any) -> Any:
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        if tensors[0].is_meta:
+            return self.op(*arguments)
+        if self.broken or not (tensors[0].is_cuda or _interpreted.get()) or _wants_gradient(tensors):
+            return self.torch(*arguments)
+        try:
+            return self.op(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if _interpreted.get():
+                raise
+            self.broken = True
+            reason = str(error).partition("\n")[0][:200]
+            warnings.warn(f"the kernel {self.name} does not run here ({reason}): using torch", KernelWarning, 2)
+            return self.torch(*arguments)
+
+
+OPERATORS: dict[str, Operator] = {}  # by the name under which a dispatch mode sees them
+
+
+def _wants_gradient(tensors: list[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

@@ -1,0 +1,191 @@
+"""Bidirectional attention with its scores in whole numbers: softmax(q8 k8^T * scales / sqrt(d)) v.
+
+    q8, k8   int8, one scale a row, from kernels/quantise_qkv.py; the head dim is covered by blocks of at least 32,
+             80 = 64 + 32, the least that int8 products take
+    v        float16, and so are sums over one block of keys; the sum over blocks is float32
+
+GeForce cards sum halves in half at twice the rate of float32. A weight is at most 1 / BLOCK_N there, so that no sum
+over a block exceeds its largest value. For MAR and DiT in 8 bits: within 2e-2 of float64, relative.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._attend import LOG2_E, empty_state, head_blocks, load_rows, store_rows
+from ._op import Case, Cost, Operator, launch, tl, triton
+from .attention import attention_cost, attention_ref, attention_torch
+from .quantise_qkv import quantise_qkv, quantise_qkv_cases, quantise_qkv_torch
+
+
+def attention_int8_ref(
+    q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """On the dequantised operands in float64."""
+    return attention_ref(q.double() * q_scale[..., None], k.double() * k_scale[..., None], v.double())
+
+
+def attention_int8_torch(
+    q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """On the dequantised operands in `dtype`."""
+    q, k = (q * q_scale[..., None]).to(dtype), (k * k_scale[..., None]).to(dtype)
+    return attention_torch(q, k, v.to(dtype), False)
+
+
+@triton.jit
+def _attend(
+    state,
+    q0,
+    q1,
+    q_scale,  # (BLOCK_M), with log2(e) / sqrt(d)
+    k_ptr,  # of key 0 of the head, as the next two
+    k_scale_ptr,
+    v_ptr,
+    begin,  # keys begin .. end - 1
+    end,
+    D: tl.constexpr,
+    D0: tl.constexpr,  # blocks of columns of queries and keys
+    D1: tl.constexpr,
+    V0: tl.constexpr,  # and of values
+    V1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SHIFT: tl.constexpr,  # log2(BLOCK_N)
+    MASK: tl.constexpr,
+):
+    acc0, acc1, largest, total = state
+    key = tl.arange(0, BLOCK_N)
+    k_ptr += begin.to(tl.int64) * D
+    v_ptr += begin.to(tl.int64) * D
+    for start in tl.range(begin, end, BLOCK_N):
+        left = end - start
+        scores = tl.dot(q0, tl.trans(load_rows(k_ptr, D, left, BLOCK_N, 0, D0, D, MASK)))
+        if D1:
+            k1 = load_rows(k_ptr, D, left, BLOCK_N, D0, D1, D, MASK)
+            scores = tl.dot(q1, tl.trans(k1), scores, out_dtype=tl.int32)
+        if MASK:
+            k_scale = tl.load(k_scale_ptr + start + key, mask=key < left, other=0.0)
+            scores = tl.where((key < left)[None, :], scores.to(tl.float32) * k_scale[None, :], float("-inf"))
+        else:
+            scores = scores.to(tl.float32) * tl.load(k_scale_ptr + start + key)[None, :]
+        now = tl.maximum(largest, tl.max(scores, axis=1) * q_scale)
+        weights = tl.exp2(scores * q_scale[:, None] - (now + SHIFT)[:, None])  # at most 1 / BLOCK_N
+        shrink = tl.exp2(largest - now)
+        total = total * shrink + tl.sum(weights, axis=1)
+        largest = now
+        halves = weights.to(tl.float16)
+        v0 = load_rows(v_ptr, D, left, BLOCK_N, 0, V0, D, MASK)
+        acc0 = acc0 * shrink[:, None] + tl.dot(halves, v0, out_dtype=tl.float16)
+        if V1:
+            v1 = load_rows(v_ptr, D, left, BLOCK_N, V0, V1, D, MASK)
+            acc1 = acc1 * shrink[:, None] + tl.dot(halves, v1, out_dtype=tl.float16)
+        k_ptr += BLOCK_N * D
+        v_ptr += BLOCK_N * D
+    return acc0, acc1, largest, total
+
+
+@triton.jit
+def _attention_int8_kernel(
+    q_ptr,  # (B, H, Lq, d) int8 contiguous
+    q_scale_ptr,  # (B, H, Lq)
+    k_ptr,  # (B, K, Lk, d) int8 contiguous
+    k_scale_ptr,  # (B, K, Lk)
+    v_ptr,  # (B, K, Lk, d) float16 contiguous
+    out_ptr,  # (B, Lq, H, d) contiguous
+    lq,
+    lk,
+    heads,
+    group,  # query heads a key head serves
+    scale,  # log2(e) / sqrt(d)
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    first = tl.program_id(0) * BLOCK_M
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = tl.program_id(1) % heads
+    at = tl.program_id(1).to(tl.int64) * lq + first
+    left = lq - first
+    q0 = load_rows(q_ptr + at * D, D, left, BLOCK_M, 0, D0, D, True)
+    q1 = q0
+    if D1:
+        q1 = load_rows(q_ptr + at * D, D, left, BLOCK_M, D0, D1, D, True)
+    row = tl.arange(0, BLOCK_M)
+    q_scale = tl.load(q_scale_ptr + at + row, mask=row < left, other=1.0) * scale
+    keys = (tl.program_id(1) // group).to(tl.int64) * lk  # heads of all pictures follow one another
+    k_ptr += keys * D
+    k_scale_ptr += keys
+    v_ptr += keys * D
+    whole = lk // BLOCK_N * BLOCK_N
+    state = empty_state(BLOCK_M, V0, V1)
+    state = _attend(
+        state, q0, q1, q_scale, k_ptr, k_scale_ptr, v_ptr, whole * 0, whole, D, D0, D1, V0, V1, BLOCK_N, SHIFT, False
+    )
+    state = _attend(
+        state, q0, q1, q_scale, k_ptr, k_scale_ptr, v_ptr, whole, lk, D, D0, D1, V0, V1, BLOCK_N, SHIFT, True
+    )
+    out_ptr += (batch * lq + first) * heads * D + head * D
+    share = (1 / state[3])[:, None]
+    store_rows(out_ptr, heads * D, left, state[0] * share, BLOCK_M, 0, V0, D)
+    if V1:
+        store_rows(out_ptr, heads * D, left, state[1] * share, BLOCK_M, V0, V1, D)
+
+
+def _attention_int8_triton(q, q_scale, k, k_scale, v, dtype):
+    q, q_scale, k, k_scale, v = (x.contiguous() for x in (q, q_scale, k, k_scale, v))  # as the quantiser leaves them
+    (batch, heads, lq, width), lk = q.shape, k.shape[2]
+    out = torch.empty(batch, lq, heads, width, dtype=dtype, device=q.device)
+    (d0, d1), (v0, v1) = head_blocks(width, 32), head_blocks(width)
+    tile = {"BLOCK_M": 64, "BLOCK_N": 64 if width <= 64 else 32, "num_warps": 4, "num_stages": 3}  # heuristic
+    launch(
+        _attention_int8_kernel,
+        (-(-lq // tile["BLOCK_M"]), batch * heads),
+        *(q, q_scale, k, k_scale, v, out),
+        *(lq, lk, heads, heads // k.shape[1], LOG2_E / width**0.5),
+        D=width,
+        D0=d0,
+        D1=d1,
+        V0=v0,
+        V1=v1,
+        SHIFT=tile["BLOCK_N"].bit_length() - 1,
+        **tile,
+    )
+    return out.transpose(1, 2)
+
+
+def attention_int8_cost(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, dtype: torch.dtype) -> Cost:
+    read = sum(x.numel() * x.element_size() for x in (q, q_scale, k, k_scale, v))
+    return Cost(attention_cost(q, k, v, False).flop, read + q.numel() * dtype.itemsize)
+
+
+operator = Operator(
+    "attention_int8(Tensor q, Tensor q_scale, Tensor k, Tensor k_scale, Tensor v, ScalarType dtype) -> Tensor",
+    torch=attention_int8_torch,
+    triton=_attention_int8_triton,
+    cost=attention_int8_cost,
+)
+
+
+def attention_int8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (B, H, Lq, d); k, v (B, K, Lk, d), float; returns (B, H, Lq, d) in q's dtype."""
+    return operator(*quantise_qkv(q, k, v), q.dtype)
+
+
+def attention_int8_cases() -> list[Case]:
+    """Those of the quantiser, quantised."""
+
+    def quantised(case: Case) -> Case:
+        def make(device: torch.device | str) -> tuple[Any, ...]:
+            q, k, v = case.make(device)
+            return *quantise_qkv_torch(q, k, v), q.dtype
+
+        return replace(case, make=make)
+
+    return [quantised(case) for case in quantise_qkv_cases()]

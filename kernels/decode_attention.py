@@ -1,0 +1,250 @@
+"""Attention of one new token a row over a long cache, its keys split over programs (Flash-Decoding).
+
+    row r    sees keys 0 .. base_length - 1 of the base, then keys 0 .. lengths[r] - 1 of its own cache
+
+    q (R, H, 1, d); k, v (R, K, capacity, d)    the new token's key and value already in their place
+    base_k, base_v (K, base capacity, d)        or None: a picture that all rows speak of, read where it lies
+    lengths (R), base_length (1)                int32, on the device: a captured graph serves every token
+
+Each program takes one share of the keys for all query heads of one key head, and leaves a sum of values, its largest
+score and its sum of weights; a second kernel joins the shares. Their number and the workspace, under 2 MB, follow from
+the capacities; a share beyond the length weighs nothing and reads nothing. Called by the language model for `ask`.
+"""
+
+import torch
+from torch import Tensor
+
+from ._attend import LOG2_E, attend, empty_state, head_blocks, load_rows, store_rows, unit_rows
+from ._op import Case, Cost, Operator, launch, tl, triton
+from .attention import attention_ref, attention_torch, random_qkv
+
+BLOCK_N = 64
+PROGRAMS = 256  # heuristic: two for each multiprocessor of a large card
+
+
+def _by_row(attend_all, q, k, v, lengths, base_k, base_v, base_length) -> Tensor:
+    """Keys of the base and the row joined; on CUDA it waits for the device to learn the lengths."""
+    out, before = [], 0 if base_k is None else int(base_length)
+    for row, length in enumerate(lengths.tolist()):
+        keys, values = k[row : row + 1, :, :length], v[row : row + 1, :, :length]
+        if before:
+            keys = torch.cat([base_k[None, :, :before], keys], 2)
+            values = torch.cat([base_v[None, :, :before], values], 2)
+        out.append(attend_all(q[row : row + 1], keys, values, False))
+    return torch.cat(out) if out else q.clone()
+
+
+def decode_attention_ref(*arguments: Tensor | None) -> Tensor:
+    """In float32 or wider, scores materialised. Arguments as of `decode_attention`."""
+    return _by_row(attention_ref, *arguments)
+
+
+def decode_attention_torch(*arguments: Tensor | None) -> Tensor:
+    return _by_row(attention_torch, *arguments)
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr,  # (R, H, 1, d), last dimension contiguous, as of all caches
+    k_ptr,  # (R, K, capacity, d)
+    v_ptr,
+    base_k_ptr,  # (K, base capacity, d)
+    base_v_ptr,
+    lengths_ptr,  # (R) int32
+    base_length_ptr,  # (1) int32
+    sums_ptr,  # (R, H, splits, d) float32: values by their weights
+    largest_ptr,  # (R, H, splits) float32: scores
+    total_ptr,  # (R, H, splits) float32: weights
+    q_batch,  # strides
+    q_head,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    bk_head,
+    bk_row,
+    bv_head,
+    bv_row,
+    kv_heads,
+    group,  # query heads a key head serves
+    base_splits,
+    share,  # keys of a split
+    scale,  # log2(e) / sqrt(d)
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # at least `group`
+    BLOCK_N: tl.constexpr,
+    BASE: tl.constexpr,
+):
+    split = tl.program_id(0)
+    row = (tl.program_id(1) // kv_heads).to(tl.int64)
+    kv_head = tl.program_id(1) % kv_heads
+    q_ptr += row * q_batch + kv_head * group * q_head
+    q0 = load_rows(q_ptr, q_head, group, BLOCK_M, 0, D0, D, True)
+    q1 = q0
+    if D1:
+        q1 = load_rows(q_ptr, q_head, group, BLOCK_M, D0, D1, D, True)
+    head = tl.arange(0, BLOCK_M)
+    state = empty_state(BLOCK_M, D0, D1)
+    if BASE:
+        begin = split * share
+        end = tl.minimum(begin + share, tl.load(base_length_ptr))
+        k, v, last = base_k_ptr + kv_head * bk_head, base_v_ptr + kv_head * bv_head, head * 0 + end - 1
+        state = attend(state, q0, q1, k, v, bk_row, bv_row, begin, end, last, scale, D, D0, D1, BLOCK_N, True)
+    begin = (split - base_splits) * share
+    end = tl.where(begin < 0, begin, tl.minimum(begin + share, tl.load(lengths_ptr + row)))
+    k, v = k_ptr + row * k_batch + kv_head * k_head, v_ptr + row * v_batch + kv_head * v_head
+    last = head * 0 + end - 1
+    state = attend(state, q0, q1, k, v, k_row, v_row, begin, end, last, scale, D, D0, D1, BLOCK_N, True)
+    splits = tl.num_programs(0)
+    first = tl.program_id(1).to(tl.int64) * group * splits + split
+    sums_ptr += first * D
+    store_rows(sums_ptr, splits * D, group, state[0], BLOCK_M, 0, D0, D)
+    if D1:
+        store_rows(sums_ptr, splits * D, group, state[1], BLOCK_M, D0, D1, D)
+    tl.store(largest_ptr + first + head * splits, state[2], mask=head < group)
+    tl.store(total_ptr + first + head * splits, state[3], mask=head < group)
+
+
+@triton.jit
+def _join_kernel(
+    sums_ptr,  # (R, H, splits, d), as left by the shares
+    largest_ptr,
+    total_ptr,
+    out_ptr,  # (R, H, d)
+    splits,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,  # at least `splits`
+    ROWS: tl.constexpr,  # splits at a time
+):
+    head = tl.program_id(0).to(tl.int64)
+    sums_ptr += head * splits * D
+    largest_ptr += head * splits
+    every = tl.arange(0, SPLITS)
+    largest = tl.load(largest_ptr + every, mask=every < splits, other=float("-inf"))
+    top = tl.max(largest, axis=0)
+    total = tl.load(total_ptr + head * splits + every, mask=every < splits, other=0.0)
+    total = tl.sum(total * tl.exp2(largest - top), axis=0)
+    column = tl.arange(0, BLOCK_D)
+    values = tl.zeros((BLOCK_D,), tl.float32)
+    for start in tl.range(0, splits, ROWS):
+        some = start + tl.arange(0, ROWS)
+        weight = tl.exp2(tl.load(largest_ptr + some, mask=some < splits, other=float("-inf")) - top)
+        rows = load_rows(sums_ptr + start * D, D, splits - start, ROWS, 0, BLOCK_D, D, True)
+        values += tl.sum(rows * weight[:, None], axis=0)
+    tl.store(out_ptr + head * D + column, (values / total).to(out_ptr.dtype.element_ty), mask=column < D)
+
+
+def _decode_attention_triton(q, k, v, lengths, base_k, base_v, base_length):
+    q, k, v = unit_rows(q), unit_rows(k), unit_rows(v)
+    based = base_k is not None
+    base_k, base_v = (unit_rows(base_k), unit_rows(base_v)) if based else (k, v)
+    base_length = base_length if based else lengths
+    (rows, heads, _, width), kv_heads = q.shape, k.shape[1]
+    base_blocks, blocks = -(-base_k.shape[1] // BLOCK_N) * based, -(-k.shape[2] // BLOCK_N)
+    blocks_each = max(1, -(-(base_blocks + blocks) * rows * kv_heads // PROGRAMS))
+    base_splits, splits = -(-base_blocks // blocks_each), -(-blocks // blocks_each)
+    splits += base_splits
+    sums = torch.empty(rows, heads, splits, width, dtype=torch.float32, device=q.device)
+    largest, total = torch.empty(2, rows, heads, splits, dtype=torch.float32, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    d0, d1 = head_blocks(width)
+    launch(
+        _decode_kernel,
+        (splits, rows * kv_heads),
+        *(q, k, v, base_k, base_v, lengths, base_length, sums, largest, total),
+        *(*q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *base_k.stride()[:2], *base_v.stride()[:2]),
+        *(kv_heads, heads // kv_heads, base_splits, blocks_each * BLOCK_N, LOG2_E / width**0.5),
+        D=width,
+        D0=d0,
+        D1=d1,
+        BLOCK_M=max(16, triton.next_power_of_2(heads // kv_heads)),
+        BLOCK_N=BLOCK_N,
+        BASE=based,
+        num_warps=4,  # heuristic
+        num_stages=2,
+    )
+    launch(
+        _join_kernel,
+        (rows * heads,),
+        *(sums, largest, total, out, splits),
+        D=width,
+        BLOCK_D=triton.next_power_of_2(width),
+        SPLITS=triton.next_power_of_2(splits),
+        ROWS=16,
+        num_warps=4,
+    )
+    return out
+
+
+def decode_attention_cost(q, k, v, lengths, base_k, base_v, base_length) -> Cost:
+    """By shapes: caches count as full."""
+    caches = [x for x in (k, v, base_k, base_v) if x is not None]
+    keys = k.shape[2] + (0 if base_k is None else base_k.shape[1])
+    return Cost(4 * q.numel() * keys, (2 * q.numel() + sum(x.numel() for x in caches)) * q.element_size())
+
+
+operator = Operator(
+    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor? base_k, Tensor? base_v,"
+    " Tensor? base_length) -> Tensor",
+    torch=decode_attention_torch,
+    triton=_decode_attention_triton,
+    cost=decode_attention_cost,
+)
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    base_k: Tensor | None = None,
+    base_v: Tensor | None = None,
+    base_length: Tensor | None = None,
+) -> Tensor:
+    """q (R, H, 1, d); k, v (R, K, capacity, d); lengths (R) int32, at least 1; returns (R, H, 1, d).
+
+    base_k, base_v (K, base capacity, d) and base_length (1) int32 together or not at all.
+    """
+    return operator(q, k, v, lengths, base_k, base_v, base_length)
+
+
+def decode_attention_cases() -> list[Case]:
+    def case(
+        why: str,
+        shape: tuple[int, ...],
+        lengths: list[int],
+        base: tuple[int, int] | None = None,
+        marks: str = "interp aot gpu",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Case:
+        heads, kv_heads, capacity, width = shape
+
+        def make(device: torch.device | str) -> tuple[Tensor | None, ...]:
+            rows, kind = len(lengths), {"dtype": dtype, "layout": "apart"}
+            q, k, v = random_qkv(device, rows, heads, kv_heads, 1, capacity, width, **kind)
+            for row, length in enumerate(lengths):
+                k[row, :, length:] = v[row, :, length:] = float("nan")  # which must not matter
+            q, counts = q * 3, torch.tensor(lengths, dtype=torch.int32).to(device)
+            if base is None:
+                return q, k, v, counts, None, None, None
+            _, base_k, base_v = random_qkv(device, 1, 1, kv_heads, 1, base[0], width, **kind)
+            base_k[:, :, base[1] :] = base_v[:, :, base[1] :] = float("nan")
+            return q, k, v, counts, base_k[0], base_v[0], torch.tensor([base[1]], dtype=torch.int32).to(device)
+
+        return Case(why, make, marks)
+
+    single = torch.float32
+    return [
+        case("a token of an answer about a 1024 picture", (12, 2, 512, 128), [77], (4224, 4170), "aot gpu"),
+        case("a token behind one long cache", (12, 2, 4608, 128), [4301], None, "aot gpu"),
+        case("several shares, the last ones empty", (12, 2, 300, 128), [130]),
+        case("behind a base, its last block not full", (6, 2, 70, 80), [65], (130, 99)),
+        case("rows of different lengths, the base one key", (4, 4, 9, 64), [1, 9], (5, 1)),
+        case("tiny head in float32, more query heads than rows of a block", (34, 2, 20, 12), [19], dtype=single),
+        case("no rows", (2, 2, 5, 64), []),
+    ]
