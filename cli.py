@@ -60,6 +60,7 @@ def gen(
     model: o.Model = None,
     device: o.Device = "auto",
     dtype: o.Dtype = None,
+    quant: o.Quant = None,
     attn: o.Attn = "auto",
     exact_rope: o.ExactRope = None,
     revision: o.Revision = None,
@@ -75,7 +76,7 @@ def gen(
     terminal = _terminal(ctx, as_json, quiet)
     old = a.repeated_settings(from_png, other_model=model is not None) if from_png else {}
     new = a.given(seed=seed, steps=steps, guidance=guidance, cfg_schedule=cfg_schedule, temperature=temperature)
-    asked = old | new | a.given(negative=negative, model=model, dtype=dtype, exact_rope=exact_rope)
+    asked = old | new | a.given(negative=negative, model=model, dtype=dtype, quant=quant, exact_rope=exact_rope)
     prompts = a.read_prompts(prompt, prompt_file, instead=old.get("prompt"))
     shape = a.wanted_size(res, size) or old.get("size")
     sampling = a.sampling(asked, n=n, batch_size=batch_size, preview_every=preview_every)
@@ -108,6 +109,7 @@ def edit(
     model: o.Model = None,
     device: o.Device = "auto",
     dtype: o.Dtype = None,
+    quant: o.Quant = None,
     attn: o.Attn = "auto",
     exact_rope: o.ExactRope = None,
     revision: o.Revision = None,
@@ -124,7 +126,7 @@ def edit(
 
     terminal = _terminal(ctx, as_json, quiet)
     asked = a.given(seed=seed, steps=steps, guidance=guidance, cfg_schedule=cfg_schedule, temperature=temperature)
-    asked |= a.given(negative=negative, model=model, dtype=dtype, exact_rope=exact_rope)
+    asked |= a.given(negative=negative, model=model, dtype=dtype, quant=quant, exact_rope=exact_rope)
     picture, prompts = a.read_picture(image), a.read_prompts(prompt, prompt_file)
     where = a.given(
         mask=None if mask is None else open_mask(mask, picture.size),
@@ -153,6 +155,7 @@ def ask(
     model: o.Model = None,
     device: o.Device = "auto",
     dtype: o.Dtype = None,
+    quant: o.Quant = None,
     attn: o.Attn = "auto",
     exact_rope: o.ExactRope = None,
     revision: o.Revision = None,
@@ -167,7 +170,7 @@ def ask(
     for text in questions:
         AskRequest(text, PATCH if res is None else res, **how, seed=seed or 0)  # refuses before a model is loaded
     _hint(terminal, model, questions)
-    asked = a.given(model=model, dtype=dtype, exact_rope=exact_rope)
+    asked = a.given(model=model, dtype=dtype, quant=quant, exact_rope=exact_rope)
     loading = a.loading(asked, device=device, attention=attn, revision=revision, offline=offline)
     with open_engine(terminal, loading) as engine:
         if len(questions) == 1 and not as_json:
@@ -203,6 +206,7 @@ def convert(
     ctx: typer.Context,
     src: Annotated[Path, typer.Argument(help="Folder of a released checkpoint.", show_default=False)],
     dst: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    quant: Annotated[str, typer.Option("--quant", metavar="NAME", help="none, or int8: half the size.")] = "none",
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -211,7 +215,7 @@ def convert(
     from unipic_run.engine.checkpoint.convert import convert as convert_folder
 
     terminal = _terminal(ctx, as_json, quiet)
-    folder = convert_folder(src, dst, terminal.progress)
+    folder = convert_folder(src, dst, terminal.progress, quant=quant)
     if ignored := manifest.read(folder)["source"].get("ignored"):
         terminal.say(f"left out, since this model does not use them: {', '.join(ignored)}")
     terminal.data |= {"path": str(folder)}

@@ -23,6 +23,7 @@ REPEATED = (
     "negative",
     "model",
     "dtype",
+    "quant",
     "exact_rope",
 )
 
@@ -104,7 +105,7 @@ def repeated_settings(png: str, other_model: bool) -> dict[str, Any]:
         task = str(found.get("task"))[:40]
         raise UsageError(f"{png} was made by {task!r}, not from text alone", "--from repeats pictures of `gen`")
     settings = {name: found[name] for name in REPEATED if found.get(name) is not None}
-    for name in ("prompt", "model", "dtype"):
+    for name in ("prompt", "model", "dtype", "quant"):
         if not isinstance(settings.get(name, ""), str):
             raise UsageError(f"{png} carries a {name} that is no text", "give the options by hand")
     model = settings.get("model", "unipic")
@@ -122,7 +123,7 @@ def sampling(asked: dict[str, Any], **more: Any) -> Sampling:
 
 def loading(asked: dict[str, Any], **more: Any) -> dict[str, Any]:
     """The keywords of Engine.from_pretrained."""
-    return {name: asked[name] for name in ("model", "dtype", "exact_rope") if name in asked} | more
+    return {name: asked[name] for name in ("model", "dtype", "quant", "exact_rope") if name in asked} | more
 
 
 def _text(source: str) -> str:

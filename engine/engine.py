@@ -56,10 +56,10 @@ ImageSource = Image.Image | str | os.PathLike[str] | bytes  # bytes: an encoded 
 class Engine:
     """A loaded model. `Engine.from_pretrained` is the usual way to get one; use it as a context manager."""
 
-    def __init__(self, family: Verbs, model: nn.Module, tokens: Tokens, name: str) -> None:
+    def __init__(self, family: Verbs, model: nn.Module, tokens: Tokens, name: str, quant: str = "none") -> None:
         """`model` = family.build(config), filled; its parameters say which device and precision are used."""
         self.loaded: Loaded | None = Loaded(family, model, tokens)
-        self.name, self.config = name, self.loaded.config
+        self.name, self.config, self.quant = name, self.loaded.config, quant
         self.device, self.dtype = self.loaded.device, self.loaded.dtype
         self.attention, self.max_image_tokens = family.attention_backend(model), family.max_image_tokens(self.config)
         self.defaults = Defaults(self.config.rounds, self.config.guidance)
@@ -73,6 +73,7 @@ class Engine:
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        quant: str | None = None,
         attention: str = "auto",
         exact_rope: bool = False,
         revision: str | None = None,
@@ -83,28 +84,30 @@ class Engine:
         """Load a short name, a folder or a hub id.
 
         device: auto, cpu, cuda, cuda:N. dtype: auto (bfloat16 on CUDA, float32 on the CPU), bf16, fp16, fp32.
+        quant: none, int8, bnb8, nf4 (the last two through bitsandbytes); by default as the checkpoint is stored.
         attention: auto, sdpa, flash-attn, xformers. exact_rope: keep rotary frequencies in float32, which the
-        released scripts round to bfloat16. Raises ModelMissingError, CorruptWeightsError,
+        released scripts round to bfloat16. Raises UsageError, ModelMissingError, CorruptWeightsError,
         UnsupportedDeviceError, BudgetError. `on_progress(doing, done, total)` counts bytes, `say` gets a sentence
         before anything slow.
         """
         place = as_device(device)
         precision = as_dtype(dtype, place)
+        scheme = weights.as_scheme(quant)
         attend = resolve(attention, place, precision)
         folder = hub.resolve(model, revision=revision, offline=offline, on_progress=on_progress, say=say)
         row, config = families.read(folder)
         family = families.model(row.name)
         if exact_rope:
             config = replace(config, round_inv_freq=False)
-        with torch.device("meta"):
-            module = family.build(config, attend)
+        recipe = families.recipe(row.name, scheme or weights.stored_scheme(folder))
         with out_of_memory("loading the model"):
-            weights.load(module, folder, place, precision, on_progress=on_progress)
+            build = partial(family.build, config, attend)
+            module = weights.assemble(build, recipe, folder, place, precision, on_progress)
         tokens = Tokens(folder / "tokenizer.json", family.IMAGE, config.image_token)
         # A folder is named without its path: names end up in pictures that are passed on.
         named = model in families.short_names() or not Path(model).expanduser().is_dir()
         name = os.fspath(model) if named else folder.name
-        return cls(family, module.eval().requires_grad_(False), tokens, name)
+        return cls(family, module.eval().requires_grad_(False), tokens, name, recipe.scheme)
 
     def __enter__(self) -> "Engine":
         return self
@@ -304,6 +307,7 @@ class Engine:
             "model": self.name,
             **what,
             "dtype": dtype_name(self.dtype),
+            "quant": None if self.quant == "none" else self.quant,
             "exact_rope": None if self.config.round_inv_freq else True,
             "device": self.device.type,
             "attention": self.attention,

@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..quant.recipe import Recipe
 from .checkpoint.cache import PACKAGED, again
 from .checkpoint.config_file import read_config_file
 from .errors import CorruptWeightsError, UsageError
@@ -13,7 +14,7 @@ from .errors import CorruptWeightsError, UsageError
 @dataclass(frozen=True)
 class Family:
     name: str
-    package: str  # under engine/models; holds config.py, model.py and released.py
+    package: str  # under engine/models; holds config.py, model.py, recipe.py and released.py
     config: str  # the name of its dataclass in config.py
     hub: str  # hub id of the released weights
     revision: str  # what a first pull resolves to a commit
@@ -66,6 +67,11 @@ def read(folder: Path) -> tuple[Family, Any]:
         return family, config.from_json(data["config"])
     except ValueError as error:
         raise CorruptWeightsError(f"{folder}/config.json is damaged ({error})", again(folder)) from None
+
+
+def recipe(name: str, scheme: str) -> Recipe:
+    """What the family quantises under one of `quant.recipe.SCHEMES`."""
+    return import_module(f".models.{get(name).package}.recipe", __package__).recipe(scheme)
 
 
 def released(name: str) -> Any:

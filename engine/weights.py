@@ -1,89 +1,158 @@
-"""Fill a module that was built on the meta device from a folder of safetensors, one tensor at a time."""
+"""Fill a module that was built on the meta device from a folder of safetensors, one tensor at a time.
+
+A checkpoint that holds its linear layers as they were released becomes any scheme while it streams by; one that
+`convert --quant int8` wrote is read as it is.
+"""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
+from ..quant import bnb
+from ..quant.recipe import NONE, SCHEMES, Recipe
+from ..quant.swap import Change, swap
 from .checkpoint import manifest
 from .checkpoint.cache import again
 from .checkpoint.differences import refuse_differences
 from .checkpoint.manifest import Progress
-from .errors import CorruptWeightsError, ModelMissingError
+from .checkpoint.shards import Shards
+from .errors import CorruptWeightsError, UnsupportedDeviceError, UsageError
+
+Where = torch.device | str
+CHUNK = 2**24  # elements looked at at once
+
+
+def as_scheme(name: str | None) -> str | None:
+    """A scheme that can run here, or None for the checkpoint's own. Raises UsageError, UnsupportedDeviceError."""
+    if name is not None and name not in SCHEMES:
+        raise UsageError(f"quant {name!r:.80} is unknown", f"choose from {', '.join(SCHEMES)}")
+    if name in ("bnb8", "nf4"):
+        try:
+            bnb.package()
+        except bnb.MissingPackageError as error:
+            raise UnsupportedDeviceError(f"quant {name}: {error}", "install unipic-run[bnb], or use int8") from None
+    return name
+
+
+def stored_scheme(folder: Path) -> str:
+    """How a folder in our format stores its linear layers: none or int8. Raises CorruptWeightsError."""
+    manifest.check(folder)
+    with Shards(folder) as shards:
+        return shards.scheme
+
+
+def assemble(
+    build: Callable[[], nn.Module],
+    recipe: Recipe,
+    folder: Path,
+    device: Where,
+    dtype: torch.dtype,
+    on_progress: Progress | None = None,
+) -> nn.Module:
+    """The model that `build` makes, with the recipe's layers, filled from `folder`. Raises what `load` does."""
+    module = prepared(build, recipe)
+    load(module, folder, device, dtype, on_progress, recipe)
+    return module
+
+
+def prepared(build: Callable[[], nn.Module], recipe: Recipe) -> nn.Module:
+    """What `build` makes on the meta device, with the recipe's layers. Raises UsageError for sizes that do not fit."""
+    with torch.device("meta"):
+        module = build()
+    try:
+        swap(module, recipe)
+    except ValueError as error:
+        raise UsageError(f"this model cannot be {recipe.scheme}: {error}", "use quant none") from None
+    return module
 
 
 def load(
     module: nn.Module,
     folder: Path,
-    device: torch.device | str,
+    device: Where,
     dtype: torch.dtype,
     on_progress: Progress | None = None,
+    recipe: Recipe = NONE,
 ) -> None:
     """Give every parameter and saved buffer of `module` its value from `folder`, which must carry a manifest.
 
-    Floating tensors are cast to `dtype`; names and shapes must match exactly. Nothing is assigned if anything is wrong.
-    Memory: the loaded tensors and one more. Raises CorruptWeightsError, ModelMissingError.
+    `module` is what `swap` made of it by `recipe`. Floating tensors are cast to `dtype`, except the scales of int8
+    weights; names and shapes must match exactly. Nothing is assigned if anything is wrong.
+    Memory: the loaded tensors, and one as it is stored, with its float32 copies where it is rotated or quantised.
+    Raises CorruptWeightsError, ModelMissingError, UsageError.
     """
     folder = Path(folder)
     manifest.check(folder)
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise ModelMissingError(f"{folder} holds no safetensors", again(folder))
-    wanted = module.state_dict()
-    expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    refuse_differences(expected, _shapes(paths), str(folder))
-    total, done = sum(map(math.prod, expected.values())), 0
-    tensors: dict[str, torch.Tensor] = {}
-    for path in paths:
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                tensors[name] = _read(file, path, name, wanted[name], device, dtype)
-                done += tensors[name].numel()
-                if on_progress is not None:
-                    on_progress("load", done * dtype.itemsize, total * dtype.itemsize)
-    module.load_state_dict(tensors, assign=True)
-    module.requires_grad_(False)
+    with Shards(folder) as shards:
+        if shards.scheme not in ("none", recipe.scheme):
+            remedy = f"leave quant out, or convert the original checkpoint again for quant {recipe.scheme}"
+            raise UsageError(f"{folder} is stored in {shards.scheme}, which cannot become {recipe.scheme}", remedy)
+        filling = _Filling(module, shards, device, dtype, Change(module, recipe, done=shards.scheme != "none"))
+        shapes, done = shards.shapes, 0
+        total = sum(map(math.prod, shapes.values()))
+        for name, shape in shapes.items():
+            filling.take(name)
+            done += math.prod(shape)
+            if on_progress is not None:
+                on_progress("load", done * dtype.itemsize, total * dtype.itemsize)
+    filling.assign()
 
 
-def _shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
-    """Every tensor's shape from the headers alone."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in paths:
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                if name in shapes:
-                    raise CorruptWeightsError(f"tensor {name} is in two files, the second {path}", again(path.parent))
-                shapes[name] = tuple(file.get_slice(name).get_shape())
-    return shapes
+class _Filling:
+    """Tensors on their way from the files into a module, all of them assigned at once."""
+
+    def __init__(self, module: nn.Module, shards: Shards, device: Where, dtype: torch.dtype, change: Change) -> None:
+        self.module, self.shards, self.device, self.change = module, shards, device, change
+        wanted = module.state_dict()
+        planned = {n: p for name, shape in shards.shapes.items() for n, p in change.planned(name, shape).items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+        refuse_differences(expected, {name: shape for name, (_, shape) in planned.items()}, str(shards.folder))
+        self.types = {name: dtype if like.is_floating_point() else like.dtype for name, like in wanted.items()}
+        self.types |= dict.fromkeys(change.exact, torch.float32)
+        change.gains = {name: self.stored(name) for name in change.reads}
+        self.tensors: dict[str, Tensor] = {}
+
+    def take(self, name: str) -> None:
+        """Read one tensor and make what the module wants of it."""
+        packs, stored = self.change.packs, self.stored(name)
+        place = "cpu" if name in packs else self.device
+        # A copy: what stays mapped would crash the process if the file shrank, and would lock the file on Windows.
+        if self.change.changes(name):
+            made = self.change(name, self.checked(name, stored, stored.to(device=place, copy=True)))
+            for each, value in made.items():
+                self.tensors[each] = self.checked(name, value, value.to(self.types[each]))
+        else:
+            copy = stored.to(device=place, dtype=self.types[name], copy=True)
+            self.tensors[name] = self.checked(name, stored, copy)
+        if name in packs:
+            self.tensors[name] = bnb.packed(packs[name], self.tensors[name], self.device)
+
+    def stored(self, name: str) -> Tensor:
+        tensor, wanted = self.shards.read(name), self.types[name]
+        floating = self.change.changes(name) or wanted.is_floating_point
+        if not (tensor.is_floating_point() if floating else tensor.dtype == wanted):
+            what = f"{self.shards.where(name)} is {tensor.dtype}, which is no {'floating type' if floating else wanted}"
+            raise CorruptWeightsError(what, again(self.shards.folder))
+        return tensor
+
+    def checked(self, name: str, before: Tensor, after: Tensor) -> Tensor:
+        if not _finite(after):
+            remedy = f"its values do not fit {after.dtype}: use bfloat16 or float32"
+            remedy = remedy if _finite(before) else again(self.shards.folder)
+            raise CorruptWeightsError(f"{self.shards.where(name)} holds NaN or Inf", remedy)
+        return after
+
+    def assign(self) -> None:
+        packed = {name: self.tensors.pop(name) for name in self.change.packs}
+        self.module.load_state_dict(self.tensors, assign=True, strict=not packed)
+        for name, parameter in packed.items():
+            layer, _, leaf = name.rpartition(".")
+            setattr(self.module.get_submodule(layer), leaf, parameter)
+        self.module.requires_grad_(False)
 
 
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError, ValueError) as error:
-        remedy = again(path.parent)
-        raise CorruptWeightsError(f"{path} is not a whole safetensors file ({str(error)[:200]})", remedy) from None
-
-
-def _read(
-    file: Any, path: Path, name: str, like: torch.Tensor, device: torch.device | str, dtype: torch.dtype
-) -> torch.Tensor:
-    try:
-        stored = file.get_tensor(name)
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
-        remedy = again(path.parent)
-        raise CorruptWeightsError(f"{path}: tensor {name} cannot be read ({str(error)[:200]})", remedy) from None
-    if stored.is_floating_point() != like.is_floating_point():
-        what = f"{path}: tensor {name} is {stored.dtype}, which is no {like.dtype}"
-        raise CorruptWeightsError(what, again(path.parent))
-    wanted = dtype if stored.is_floating_point() else like.dtype
-    # A copy: what stays mapped would crash the process if the file shrank, and would lock the file on Windows.
-    tensor = stored.to(device=device, dtype=wanted, copy=True)
-    if not all(torch.isfinite(chunk).all() for chunk in tensor.reshape(-1).split(2**24)):
-        finite = all(torch.isfinite(chunk).all() for chunk in stored.reshape(-1).split(2**24))
-        remedy = f"its values do not fit {wanted}: use bfloat16 or float32" if finite else again(path.parent)
-        raise CorruptWeightsError(f"{path}: tensor {name} holds NaN or Inf", remedy)
-    return tensor
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or all(torch.isfinite(part).all() for part in tensor.reshape(-1).split(CHUNK))

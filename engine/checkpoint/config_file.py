@@ -1,4 +1,4 @@
-"""`config.json` of our folder: {"format", "family", "config"}."""
+"""`config.json` of our folder: {"format", "family", "config"}, and "quant" where that is not none."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,10 @@ from .cache import again
 FORMAT = 1
 
 
-def write_config_file(folder: Path, family: str, config: dict[str, Any]) -> None:
-    text = json.dumps({"format": FORMAT, "family": family, "config": config}, indent=1)
+def write_config_file(folder: Path, family: str, config: dict[str, Any], quant: str = "none") -> None:
+    """`quant` tells people; what counts is the metadata of the weights (engine/checkpoint/shards.py)."""
+    told = {} if quant == "none" else {"quant": quant}
+    text = json.dumps({"format": FORMAT, "family": family, **told, "config": config}, indent=1)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -2,13 +2,13 @@
 
 One pass, tensor by tensor, types kept. The shards are planned from shapes alone and their headers written first, so
 memory holds one tensor part at a time; parts of a fused tensor simply follow each other in the file, in the widest of
-their types.
+their types. With `quant`, what that changes is in memory whole, with its float32 copies, one tensor at a time.
 """
 
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,15 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ...quant.swap import Change
 from .. import families
-from ..errors import CorruptWeightsError, ModelMissingError, OutputError
+from ..errors import CorruptWeightsError, ModelMissingError, OutputError, UsageError
+from ..weights import prepared
 from . import manifest
 from .config_file import write_config_file
 from .differences import SHOWN
 from .manifest import Progress
+from .shards import INT8
 
 SHARD = 2 * 10**9  # bytes
 SPARE = 16 * 2**20  # bytes of disk besides the tensors
@@ -29,7 +32,7 @@ FINITE_CHUNK = 2**22  # elements looked at at once
 
 Check = Callable[[Path], dict[str, Any]]  # a folder's manifest, or an error: manifest.check or manifest.verify
 
-_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,15 @@ class Shard:
 
     name: str
     tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to be, and the name of the checkpoint's tensor that it is made of."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    source: str
 
 
 def is_converted(folder: Path) -> bool:
@@ -52,59 +64,65 @@ def convert(
     family: str = "unipic",
     origin: dict[str, Any] | None = None,
     replace: Check | None = None,
+    quant: str = "none",
 ) -> Path:
-    """Convert the released folder `src` into the new folder `dst`; returns `dst`.
+    """Convert the released folder `src` into the new folder `dst`; returns `dst`. `quant` is none or int8.
 
     If `dst` is the conversion of `src` already, every file of it is verified and it is kept; anything else that is
     there is an error. With `replace`, a `dst` that this check refuses, or that was made of something else, stays
     visible until the new folder takes its place. `origin` is added to what the manifest says of the source.
-    Raises OutputError (exists, damaged, no space, not writable), ModelMissingError, CorruptWeightsError.
+    Raises OutputError (exists, damaged, no space, not writable), ModelMissingError, CorruptWeightsError, UsageError.
     """
+    if quant not in ("none", "int8"):
+        raise UsageError(
+            f"quant {quant!r:.80} cannot be stored", "convert for none or int8; others are made on loading"
+        )
     src, dst = Path(src), Path(dst).absolute()
     released = families.released(family)
-    source = state(src, family)
+    source = state(src, family, quant)
     if replace is None and _is_done(dst, source, partial(manifest.verify, on_progress=on_progress)):
         return dst
     with manifest.locked(dst):
         if _may_stay(dst, source, replace) if replace else _is_done(dst, source, manifest.check):
             return dst  # another process was faster
         with released.Released(src) as checkpoint:
-            total = sum(nbytes(tensor) for tensor in checkpoint.tensors.values())
-            _check_space(dst.parent, total)
+            writer = _Writer(checkpoint, family, quant, on_progress)
+            _check_space(dst.parent, writer.total)
             told = {**(origin or {}), **source, **_ignored(checkpoint.ignored)}
             with manifest.publishing(dst, told, on_progress, replace is not None) as folder:
-                _write_small_files(folder, family, checkpoint)
-                _write_shards(folder, checkpoint, total, on_progress)
+                write_config_file(folder, family, checkpoint.config.to_json(), quant)
+                (folder / "tokenizer.json").write_text(checkpoint.tokenizer, encoding="utf-8")
+                writer.write(folder)
     return dst
 
 
-def state(src: Path, family: str) -> dict[str, Any]:
+def state(src: Path, family: str, quant: str = "none") -> dict[str, Any]:
     """What a conversion is made of: the folder, and of each file [name, bytes, modification time in nanoseconds]."""
     files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in families.released(family).files(src)]
-    return {"folder": str(src.resolve()), "files": files}
+    return {"folder": str(src.resolve()), "files": files, "quant": quant}
 
 
 def is_made_of(found: dict[str, Any], source: dict[str, Any]) -> bool:
     """Whether the manifest `found` is that of a conversion of `source`, and nobody has touched the source since."""
-    return all(found["source"].get(key) == value for key, value in source.items())
+    return all(({"quant": "none"} | found["source"]).get(key) == value for key, value in source.items())
 
 
-def plan_shards(tensors: dict[str, Any], limit: int = SHARD) -> list[Shard]:
-    """Tensors in file order, cut into shards of at most `limit` bytes (or one tensor)."""
-    # Wide types first: with a header of 8 n bytes every tensor then starts at a multiple of its element size.
-    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+def plan_shards(tensors: dict[str, Output], limit: int = SHARD) -> list[Shard]:
+    """Tensors in file order, cut into shards of at most `limit` bytes, or what is made of one tensor."""
     groups: list[list[str]] = []
     room = 0
-    for name in order:
-        size = nbytes(tensors[name])
+    for names in _by_source(tensors, sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)).values():
+        size = sum(nbytes(tensors[name]) for name in names)
         if not groups or size > room:
             groups.append([])
             room = limit
-        groups[-1].append(name)
+        groups[-1] += names
         room -= size
-    if len(groups) == 1:
-        return [Shard("model.safetensors", tuple(groups[0]))]
-    return [Shard(f"model-{i:05}-of-{len(groups):05}.safetensors", tuple(group)) for i, group in enumerate(groups, 1)]
+    # Wide types first: with a header of 8 n bytes every tensor then starts at a multiple of its element size.
+    ordered = [tuple(sorted(group, key=lambda name: -tensors[name].dtype.itemsize)) for group in groups]
+    if len(ordered) == 1:
+        return [Shard("model.safetensors", ordered[0])]
+    return [Shard(f"model-{i:05}-of-{len(ordered):05}.safetensors", group) for i, group in enumerate(ordered, 1)]
 
 
 def nbytes(tensor: Any) -> int:
@@ -144,46 +162,86 @@ def _check_space(folder: Path, total: int) -> None:
         raise OutputError(f"{folder} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed", "make room there")
 
 
-def _write_small_files(folder: Path, family: str, checkpoint: Any) -> None:
-    write_config_file(folder, family, checkpoint.config.to_json())
-    (folder / "tokenizer.json").write_text(checkpoint.tokenizer, encoding="utf-8")
+def _by_source(tensors: dict[str, Output], names: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(tensors[name].source, []).append(name)
+    return found
 
 
-def _write_shards(folder: Path, checkpoint: Any, total: int, on_progress: Progress | None) -> None:
-    shards = plan_shards(checkpoint.tensors)
-    done = 0
-    for shard in shards:
-        with (folder / shard.name).open("xb") as file:
-            file.write(_header(shard, checkpoint.tensors))
-            for name in shard.tensors:
-                _write_tensor(file, name, checkpoint.tensors[name])
-                done += nbytes(checkpoint.tensors[name])
-                if on_progress is not None:
-                    on_progress("convert", done, total)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": {n: s.name for s in shards for n in s.tensors}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+class _Writer:
+    """The shards of one checkpoint."""
+
+    def __init__(self, checkpoint: Any, family: str, quant: str, on_progress: Progress | None) -> None:
+        self.stored, self.on_progress, self.done = checkpoint.tensors, on_progress, 0
+        self.metadata = {"format": "pt", **(INT8 if quant == "int8" else {})}
+        recipe = families.recipe(family, quant)
+        model = prepared(partial(families.model(family).build, checkpoint.config), recipe)
+        self.change = Change(model, recipe)
+        self.change.gains = {name: self.whole(name) for name in self.change.reads}
+        self.outputs = {
+            made: Output(dtype or tensor.dtype, shape, name)
+            for name, tensor in self.stored.items()
+            for made, (dtype, shape) in self.change.planned(name, tensor.shape).items()
+        }
+        self.total = sum(map(nbytes, self.outputs.values()))
+
+    def write(self, folder: Path) -> None:
+        shards = plan_shards(self.outputs)
+        for shard in shards:
+            header, starts = _header(shard, self.outputs, self.metadata)
+            with (folder / shard.name).open("xb") as file:
+                file.write(header)
+                for source, names in _by_source(self.outputs, shard.tensors).items():
+                    self.write_tensors(file, source, starts)
+                    self.done += sum(nbytes(self.outputs[name]) for name in names)
+                    if self.on_progress is not None:
+                        self.on_progress("convert", self.done, self.total)
+        if len(shards) > 1:
+            where = {name: shard.name for shard in shards for name in shard.tensors}
+            index = {"metadata": {"total_size": self.total}, "weight_map": where}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+    def write_tensors(self, file: BinaryIO, source: str, starts: dict[str, int]) -> None:
+        """All that is made of one stored tensor, each at its place."""
+        if self.change.changes(source):
+            for name, values in self.change(source, self.whole(source)).items():
+                file.seek(starts[name])
+                file.write(_bytes(values))
+        else:
+            file.seek(starts[source])
+            for values in self.parts(source):
+                file.write(_bytes(values))
+
+    def whole(self, name: str) -> torch.Tensor:
+        return torch.cat([*self.parts(name)]).view(self.stored[name].shape)
+
+    def parts(self, name: str) -> Iterator[torch.Tensor]:
+        """A stored tensor's parts, flat and finite, in its type: a fused part may be of a narrower one."""
+        for checkpoint, record in self.stored[name].parts:
+            values = checkpoint.read(record).reshape(-1).to(self.stored[name].dtype)
+            if not all(torch.isfinite(chunk).all() for chunk in values.split(FINITE_CHUNK)):
+                what = f"tensor {record.name} ({name}) holds NaN or Inf"
+                raise CorruptWeightsError(what, "download the checkpoint again")
+            yield values
 
 
-def _header(shard: Shard, tensors: dict[str, Any]) -> bytes:
-    """A safetensors header: its length in 8 bytes, then JSON, padded with spaces to a multiple of 8."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+def _header(shard: Shard, tensors: dict[str, Output], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
+    """A safetensors header, and where in the file each tensor starts.
+
+    Its length in 8 bytes, then JSON, padded with spaces to a multiple of 8.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    at, starts = 0, {}
     for name in shard.tensors:
         tensor = tensors[name]
-        end = at + nbytes(tensor)
+        starts[name], end = at, at + nbytes(tensor)
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + start for name, start in starts.items()}
 
 
-def _write_tensor(file: BinaryIO, name: str, tensor: Any) -> None:
-    for checkpoint, record in tensor.parts:
-        values = checkpoint.read(record).reshape(-1).to(tensor.dtype)  # a fused part may be of a narrower type
-        if not all(torch.isfinite(chunk).all() for chunk in values.split(FINITE_CHUNK)):
-            raise CorruptWeightsError(
-                f"tensor {record.name} ({name}) holds NaN or Inf", "download the checkpoint again"
-            )
-        file.write(memoryview(values.view(torch.uint8).numpy()))
+def _bytes(values: torch.Tensor) -> memoryview:
+    return memoryview(values.contiguous().view(torch.uint8).numpy())

@@ -1,8 +1,25 @@
-"""The linear and convolution layers models are built from; how they are computed is decided in `kernels/linear.py`."""
+"""The linear and convolution layers models are built from, and what surrounds a linear layer in a block.
+
+Models see floating tensors only. `norm_linear` and `linear_add` look at the type of the layer: for an int8 one the norm
+or the activation in front of it makes the whole numbers, and gate and residual are added where its product is made.
+Anything else that is a module, such as a layer of bitsandbytes, is called as it is.
+"""
+
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
+from ...kernels.gate import gated_add, swiglu
+from ...kernels.head import gated_linear, modulated_linear
 from ...kernels.linear import conv2d, linear
+from ...kernels.norms import norm as norm_op
+from ...kernels.norms import norm_int8
+from ...kernels.quantise import activated, quantise
+from ...quant.int8 import ALL, Int8Linear
+from ...quant.rotate import RotatedEmbedding
+
+Modulation = tuple[Tensor, Tensor]  # shift, scale (M, D), each row for N / M rows
+FUSED_ROWS = 512  # up to here kernels/head.py has one launch for two or three; heuristic, never measured
 
 
 class Linear(nn.Linear):
@@ -13,3 +30,74 @@ class Linear(nn.Linear):
 class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return conv2d(x, self.weight, self.bias, self.stride[0], self.padding[0])
+
+
+def norm_linear(
+    x: Tensor,
+    norm: nn.Module,
+    layer: nn.Module,
+    modulation: Modulation | None = None,
+    act: str = "none",
+    rows: slice = ALL,
+) -> Tensor:
+    """act(layer(norm(x) (1 + scale) + shift)), x (..., K) to (..., N); `rows` are the only outputs wanted of `layer`.
+
+    `norm`: nn.LayerNorm, with or without weight and bias, or an RMSNorm with `weight` and `eps`.
+    act: none, gelu, gelu_tanh, silu, or swiglu, which halves the width.
+    """
+    weight, bias = norm.weight, getattr(norm, "bias", None)
+    how = (x, weight, bias, *(modulation or (None, None)), norm.eps, not isinstance(norm, nn.LayerNorm))
+    if isinstance(layer, Int8Linear):
+        if layer.few(x):
+            return layer.of_values(norm_op(*how), rows, activation=act)
+        return layer.of_whole(*norm_int8(*how), x.dtype, rows, activation=act)
+    if modulation and act in ("none", "silu") and rows == ALL and _fuses(layer, x, modulation[0]):
+        return modulated_linear(x, *modulation, weight, bias, norm.eps, layer.weight, layer.bias, act == "silu")
+    return _activated(_outputs(layer, norm_op(*how), rows), act)
+
+
+def linear_add(x: Tensor, layer: nn.Module, residual: Tensor, gate: Tensor | None = None, act: str = "none") -> Tensor:
+    """residual + gate * layer(act(x)); x (..., K), residual (..., N), gate (M, N), each row for as many rows of x."""
+    if isinstance(layer, Int8Linear):
+        if layer.few(x):
+            return layer.of_values(_activated(x, act), residual=residual, gate=gate)
+        return layer.of_whole(*quantise(x, act), x.dtype, residual=residual, gate=gate)
+    x = _activated(x, act)
+    if gate is not None and _fuses(layer, residual, gate):
+        return gated_linear(x, layer.weight, layer.bias, gate, residual)
+    return residual + layer(x) if gate is None else gated_add(residual, gate, layer(x))
+
+
+def linear_each(x: Tensor, layers: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """layer(x) for each layer; int8 ones share the whole numbers of x."""
+    whole = None
+    for layer in layers:
+        if isinstance(layer, Int8Linear) and not layer.few(x):
+            whole = whole or quantise(x)
+            yield layer.of_whole(*whole, x.dtype)
+        else:
+            yield layer(x)
+
+
+def logits(x: Tensor, table: nn.Embedding) -> Tensor:
+    """x E^T of hidden states x (..., D) and the table E (vocab, D) that also embeds the words."""
+    return table.logits(x) if isinstance(table, RotatedEmbedding) else linear(x, table.weight)
+
+
+def _fuses(layer: nn.Module, x: Tensor, modulation: Tensor) -> bool:
+    """Whether kernels/head.py is for this: a modulation for every row, and few rows."""
+    fits = isinstance(layer, Linear) and layer.bias is not None
+    return fits and x.dim() == 2 and x.shape == modulation.shape and len(x) <= FUSED_ROWS
+
+
+def _outputs(layer: nn.Module, x: Tensor, rows: slice) -> Tensor:
+    """These outputs of layer(x)."""
+    if rows == ALL:
+        return layer(x)
+    if isinstance(layer, Linear):
+        return linear(x, layer.weight[rows], None if layer.bias is None else layer.bias[rows])
+    return layer(x)[..., rows]
+
+
+def _activated(x: Tensor, act: str) -> Tensor:
+    return swiglu(x) if act == "swiglu" else activated(x, act)

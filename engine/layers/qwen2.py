@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.norms import rms_norm
-from ...kernels.rope import rope
+from ...kernels.rope import rope, rope_split, rotary_tables, split_heads
 from ..kv_cache import KVCache
 from .attention import Attention, prefix_attention
-from .linear import Linear
+from .linear import Linear, linear_add, norm_linear
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,23 @@ class Qwen2Layer(nn.Module):
         self.down = Linear(config.mlp, config.width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mix: Mix) -> Tensor:
-        """x (R, L, D); `mix` maps rotated q (R, H, L, d), k and v (R, K, L, d) to attention's output, shaped as q."""
+        """x (R, L, D); `mix` maps rotated q (R, H, L, d), k and v (R, K, L, d) to attention's output, shaped as q.
+
+        From tables cos, sin (R, 1, L, d), so that gradients pass; inference takes `follow`.
+        """
         c = self.config
-        heads = self.qkv(self.input_norm(x)).unflatten(-1, (c.heads + 2 * c.kv_heads, c.head_dim)).transpose(1, 2)
-        q, k, v = heads.split([c.heads, c.kv_heads, c.kv_heads], dim=1)
-        mixed = mix(rope(q, cos, sin), rope(k, cos, sin), v)
-        x = x + self.o(mixed.transpose(1, 2).flatten(2))
-        gate, up = self.gate_up(self.post_norm(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        q, k, v = split_heads(norm_linear(x, self.input_norm, self.qkv), c.heads, c.kv_heads)
+        return self.after(x, mix(rope(q, cos, sin), rope(k, cos, sin), v))
+
+    def follow(self, x: Tensor, positions: Tensor, inv_freq: Tensor, mix: Mix) -> Tensor:
+        """The same from positions (R, L) and inv_freq (d/2) float32."""
+        qkv = norm_linear(x, self.input_norm, self.qkv)
+        return self.after(x, mix(*rope_split(qkv, positions, inv_freq, self.config.heads, self.config.kv_heads)))
+
+    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """What follows attention; mixed (R, H, L, d)."""
+        x = linear_add(mixed.transpose(1, 2).flatten(2), self.o, residual=x)
+        return linear_add(norm_linear(x, self.post_norm, self.gate_up, act="swiglu"), self.down, residual=x)
 
 
 class Qwen2(nn.Module):
@@ -82,18 +90,18 @@ class Qwen2(nn.Module):
 
         x (R, L, D), positions (R, L); `prompts`: (cache, rows) in row order. Returns (R, L, D).
         """
-        cos, sin = self.rotary(positions, x.dtype)
+        inv_freq = self.frequencies(x.device, x.dtype)
         for index, layer in enumerate(self.layers):
             prefixes = [(*cache.prefix(index), rows) for cache, rows in prompts]
-            x = layer(x, cos, sin, partial(prefix_attention, self.attend, prefixes))
+            x = layer.follow(x, positions, inv_freq, partial(prefix_attention, self.attend, prefixes))
         return self.norm(x)
 
     def extend(self, x: Tensor, cache: KVCache) -> Tensor:
         """Run one row x (1, L, D) behind the cache and keep its keys and values there. Returns (1, L, D)."""
         positions = torch.arange(cache.length, cache.length + x.shape[1], device=x.device)[None]
-        cos, sin = self.rotary(positions, x.dtype)
+        inv_freq = self.frequencies(x.device, x.dtype)
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, partial(self.attend_cached, cache, index))
+            x = layer.follow(x, positions, inv_freq, partial(self.attend_cached, cache, index))
         cache.advance(x.shape[1])
         return self.norm(x)
 
@@ -103,11 +111,12 @@ class Qwen2(nn.Module):
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin (R, 1, L, d) for positions (R, L), angles in float32."""
-        inv_freq = inverse_frequencies(self.config, positions.device)
-        if self.round_inv_freq and dtype == torch.bfloat16:
-            inv_freq = inv_freq.to(dtype).float()
-        angle = positions[:, None, :, None].float() * inv_freq.repeat(2)  # (R, 1, L, d)
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        return rotary_tables(positions, self.frequencies(positions.device, dtype), dtype)
+
+    def frequencies(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Inverse frequencies (d/2) float32, as a model of this dtype was trained with them."""
+        inv_freq = inverse_frequencies(self.config, device)
+        return inv_freq.to(dtype).float() if self.round_inv_freq and dtype == torch.bfloat16 else inv_freq
 
 
 def inverse_frequencies(config: Qwen2Config, device: torch.device) -> Tensor:

@@ -1,12 +1,10 @@
 """Pre-norm block of a vision transformer (arXiv 2010.11929): LayerNorm, bidirectional attention, GELU MLP."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.linear import linear
 from ...kernels.mar_tokens import select_tokens
 from .attention import Attention
-from .linear import Linear
+from .linear import Linear, linear_add, norm_linear
 
 NORM_EPS = 1e-6
 
@@ -27,17 +25,16 @@ class ViTBlock(nn.Module):
 
         They still attend to every row: it is what a last block needs when a few of its outputs are read.
         """
-        normed = self.norm1(x)
         if only is None:
-            q, k, v = self.heads_of(self.qkv(normed))
+            q, k, v = self.heads_of(norm_linear(x, self.norm1, self.qkv))
         else:
             width = x.shape[-1]
+            k, v = self.heads_of(norm_linear(x, self.norm1, self.qkv, rows=slice(width, None)))
             x = select_tokens(x, only)
-            (q,) = self.heads_of(linear(select_tokens(normed, only), self.qkv.weight[:width], self.qkv.bias[:width]))
-            k, v = self.heads_of(linear(normed, self.qkv.weight[width:], self.qkv.bias[width:]))
+            (q,) = self.heads_of(norm_linear(x, self.norm1, self.qkv, rows=slice(width)))
         mixed = self.attend(q, k, v)  # (B, H, L or N, d)
-        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        x = linear_add(mixed.transpose(1, 2).flatten(2), self.proj, residual=x)
+        return linear_add(norm_linear(x, self.norm2, self.fc1, act="gelu"), self.fc2, residual=x)
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, L, k*D) to k tensors (B, H, L, d)."""

@@ -1,6 +1,7 @@
 """Loading: every parameter from the file or one error that says all; values must be finite."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,11 @@ from safetensors.torch import save_file
 from torch import nn
 from unipic_run.engine import weights
 from unipic_run.engine.checkpoint import manifest
-from unipic_run.engine.errors import CorruptWeightsError, ModelMissingError
+from unipic_run.engine.errors import CorruptWeightsError, ModelMissingError, UsageError
+from unipic_run.engine.meter import Meter
+from unipic_run.quant.int8 import quantise_weight
+from unipic_run.quant.recipe import NONE, Recipe
+from unipic_run.quant.swap import swap
 
 
 class Small(nn.Module):
@@ -151,3 +156,93 @@ def test_folders_without_manifest_or_weights(tmp_path):
     folder = folder_of(tmp_path, GOOD)
     (folder / "model-0.safetensors").write_bytes(b"short")
     refused(folder, "has 5 bytes")
+
+
+class Layers(nn.Module):
+    """As many linear layers as a memory test needs; the first may be quantised, or all of them."""
+
+    def __init__(self, count: int = 2, width: int = 32):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(count))
+
+
+INT8 = Recipe("int8", ("layers.*",))
+
+
+def stored_layers(tmp_path: Path, count: int = 2, width: int = 32, **metadata: str) -> Path:
+    noise = torch.Generator().manual_seed(0)
+    shapes = {f"layers.{i}.{kind}": (width,) * n for i in range(count) for kind, n in (("weight", 2), ("bias", 1))}
+    dst = tmp_path / f"made{len([*tmp_path.iterdir()])}"
+    with manifest.publishing(dst, {}) as folder:
+        for shard in range(2):  # every second tensor
+            tensors = {name: torch.randn(shapes[name], generator=noise) for name in [*shapes][shard::2]}
+            save_file(tensors, folder / f"model-{shard}.safetensors", metadata or None)
+    return dst
+
+
+def assembled(folder: Path, recipe: Recipe, dtype: torch.dtype = torch.float32, **size: int) -> nn.Module:
+    return weights.assemble(lambda: Layers(**size), recipe, folder, "cpu", dtype)
+
+
+def test_a_float_checkpoint_is_quantised_as_it_streams_by(tmp_path):
+    folder = stored_layers(tmp_path)
+    plain, half = assembled(folder, NONE), assembled(folder, INT8, torch.bfloat16)
+    for layer, quantised in zip(plain.layers, half.layers, strict=True):
+        whole, scale = quantise_weight(layer.weight)  # from float32, whatever the model's type is
+        assert torch.equal(quantised.weight, whole) and torch.equal(quantised.scale, scale)
+        assert quantised.bias.dtype == torch.bfloat16
+
+
+def test_quantising_needs_the_quantised_model_and_one_tensor(tmp_path):
+    size = {"count": 24, "width": 128}
+    folder = stored_layers(tmp_path, **size)
+    with torch.device("meta"):
+        model = Layers(**size)
+    swap(model, INT8)
+    with torch.inference_mode(), Meter() as meter:
+        weights.load(model, folder, "cpu", torch.float32, recipe=INT8)
+    made, one = sum(tensor.nbytes for tensor in model.state_dict().values()), 4 * 128 * 128
+    assert made < meter.peak < made + 6 * one < 24 * one / 1.5
+
+
+def test_a_scheme_that_the_files_do_not_have_is_refused(tmp_path):
+    folder = stored_layers(tmp_path, quant="int8", quant_format="1")
+    assert weights.stored_scheme(folder) == "int8"
+    for recipe in (NONE, Recipe("nf4", ("layers.*",))):
+        with pytest.raises(UsageError, match=f"stored in int8, which cannot become {recipe.scheme}: leave quant out"):
+            weights.load(Layers(), folder, "cpu", torch.float32, recipe=recipe)
+    with pytest.raises(CorruptWeightsError, match=r"2 missing: layers.0.scale, layers.1.scale"):
+        assembled(folder, INT8)  # says int8, and is not
+
+
+@pytest.mark.parametrize("metadata", [{"quant": "int5", "quant_format": "1"}, {"quant": "int8", "quant_format": "2"}])
+def test_schemes_of_later_versions(tmp_path, metadata):
+    with pytest.raises(CorruptWeightsError, match=f"{metadata['quant']}.*this version reads.*update unipic-run"):
+        weights.stored_scheme(stored_layers(tmp_path, **metadata))
+
+
+def test_files_of_two_schemes(tmp_path):
+    folder = stored_layers(tmp_path)
+    other = stored_layers(tmp_path, quant="int8", quant_format="1")
+    shutil.copy(other / "model-1.safetensors", folder)
+    (folder / "manifest.json").unlink()
+    manifest.write(folder, {})
+    with pytest.raises(CorruptWeightsError, match=r"mixes schemes .*model-1.safetensors.*int8"):
+        weights.stored_scheme(folder)
+
+
+def test_int8_weights_are_int8(tmp_path):
+    """Numbers of another type would lose their upper bits in silence; a scale of NaN would spread."""
+    whole = torch.zeros(32, 32, dtype=torch.int8)
+    good = {"weight": whole, "scale": torch.ones(32), "bias": torch.zeros(32)}
+    for bad, message in (
+        ({"weight": whole.short()}, "int16, which is no torch.int8"),
+        ({"weight": whole.float()}, "float32, which is no torch.int8"),
+        ({"scale": torch.full((32,), float("nan"))}, "layers.0.scale holds NaN"),
+    ):
+        dst = tmp_path / f"made{len([*tmp_path.iterdir()])}"
+        with manifest.publishing(dst, {}) as folder:
+            tensors = {f"layers.0.{name}": tensor for name, tensor in (good | bad).items()}
+            save_file(tensors, folder / "model.safetensors", {"quant": "int8", "quant_format": "1"})
+        with pytest.raises(CorruptWeightsError, match=message):
+            assembled(dst, INT8, count=1)

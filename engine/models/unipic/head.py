@@ -4,15 +4,16 @@ Letters: N tokens, C latent channels, W head width. With guidance the conditions
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ....kernels.ddpm_step import DDPMStep, ddpm_step
-from ....kernels.norms import modulated_layer_norm
-from ...layers.linear import Linear
+from ....kernels.condition import condition
+from ....kernels.ddpm_step import DDPMStep, Drawn, ddpm_step, ddpm_update
+from ...layers.linear import Linear, linear_add, norm_linear
 from .config import HeadConfig
 
 NORM_EPS = 1e-6
@@ -34,22 +35,37 @@ class HeadBlock(nn.Module):
         self.fc2 = Linear(width, width)
         self.modulation = Linear(width, 3 * width)
 
-    def forward(self, h: Tensor, y: Tensor) -> Tensor:
-        """h (N, W) state, y (N, W) = SiLU of the condition."""
-        shift, scale, gate = self.modulation(y).chunk(3, dim=-1)
-        u = modulated_layer_norm(h, self.norm.weight, self.norm.bias, shift, scale, NORM_EPS)
-        return h + gate * self.fc2(F.silu(self.fc1(u)))
+    def forward(self, h: Tensor, modulation: Tensor) -> Tensor:
+        """h (N, W) state, modulation (N, 3W) = self.modulation(SiLU of the condition)."""
+        shift, scale, gate = modulation.chunk(3, dim=-1)
+        u = norm_linear(h, self.norm, self.fc1, (shift, scale), act="silu")
+        return linear_add(u, self.fc2, residual=h, gate=gate)
 
 
 class FinalLayer(nn.Module):
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
         self.linear = Linear(width, 2 * channels)
         self.modulation = Linear(width, 2 * width)
 
-    def forward(self, h: Tensor, y: Tensor) -> Tensor:
-        shift, scale = self.modulation(y).chunk(2, dim=-1)
-        return self.linear(modulated_layer_norm(h, None, None, shift, scale, NORM_EPS))
+    def forward(self, h: Tensor, modulation: Tensor) -> Tensor:
+        """h (N, W), modulation (N, 2W) -> (N, 2C)."""
+        shift, scale = modulation.chunk(2, dim=-1)
+        return norm_linear(h, self.norm, self.linear, (shift, scale))
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """N tokens on their way, all in device memory and changed in place: a captured chunk of steps can be replayed."""
+
+    x: Tensor  # (N, C) float32, the state
+    seen: Tensor  # (M, C), what the network reads of it; M = N, or 2N with guidance
+    clock: Tensor  # (2) int64, as kernels/ddpm_step.py has it
+    c: Tensor  # (M, W) = cond_embed(z)
+    drawn: Drawn
+    table: Tensor  # (T, 8), of `step_table`
+    embedded: Tensor  # (T, W), of `embed_steps`
 
 
 class DiffusionHead(nn.Module):
@@ -71,11 +87,32 @@ class DiffusionHead(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
         """x (N, C), t (W) or (N, W) embedded timestep, c (N, W) = cond_embed(z) -> (N, 2C) = [eps | v]."""
+        return self.network(x, self.modulations(F.silu(t + c)))
+
+    def modulations(self, y: Tensor) -> Iterator[Tensor]:
+        """Of every block and the final layer, from y (..., W): (..., 3W) each, the last (..., 2W)."""
+        return (layer.modulation(y) for layer in (*self.blocks, self.final))
+
+    def of_steps(self, y: Tensor) -> Iterator[Iterator[Tensor]]:
+        """The modulations of each step, from y (steps, N, W): one product a layer for all steps.
+
+        Those of a single step are made as they are asked for, so that only one of them takes up memory.
+        """
+        made = self.modulations(y)
+        made = made if len(y) == 1 else list(made)
+        return ((modulation[step] for modulation in made) for step in range(len(y)))
+
+    def network(self, x: Tensor, modulations: Iterator[Tensor]) -> Tensor:
+        """x (N, C) and every layer's modulations (N, ...) -> (N, 2C) = [eps | v]."""
         h = self.input_proj(x)
-        y = F.silu(t + c)
         for block in self.blocks:
-            h = block(h, y)
-        return self.final(h, y)
+            h = block(h, next(modulations))
+        return self.final(h, next(modulations))
+
+    def chunk_within(self, nbytes: int, rows: int) -> int:
+        """The most timesteps, at least one, whose modulations of so many rows fit these bytes."""
+        width, itemsize = self.config.width, self.input_proj.weight.element_size()
+        return max(1, nbytes // (rows * (3 * self.config.depth + 2) * width * itemsize))
 
     def sample(
         self,
@@ -86,18 +123,39 @@ class DiffusionHead(nn.Module):
         embedded: Tensor,
         guidance: float,
         temperature: float,
+        chunk: int | None = None,
     ) -> Tensor:
         """Denoise N tokens; returns (N, C) float32.
 
         z (N, D), or (2N, D) with guidance; start (N, C) and noise (steps, N, C) float32; embedded = embed_steps(table).
-        Only the conditional state exists: the original's unconditional twin is never read.
+        Only the conditional state exists: the original's unconditional twin is never read. With `chunk`, the
+        modulations of so many timesteps are made at once, one product each: the same values, fewer and larger products.
         """
         guided = z.shape[0] != start.shape[0]
         c = self.cond_embed(z)
-        x = start
-        for taken, i in enumerate(reversed(range(len(table)))):
-            seen = x.to(c.dtype)
-            out = self(seen.repeat(2, 1) if guided else seen, embedded[i], c)
-            cond, uncond = out.chunk(2) if guided else (out, None)
-            x = ddpm_step(x, cond, uncond, noise[taken] if i else None, table[i], guidance, temperature)
+        x, chunk = start, chunk or 1
+        for end in range(len(table), 0, -chunk):
+            taken = range(max(0, end - chunk), end)
+            y = F.silu(embedded[taken.start : end].flip(0)[:, None] + c)  # (steps, N or 2N, W)
+            for i, modulations in zip(reversed(taken), self.of_steps(y), strict=True):
+                seen = x.to(c.dtype)
+                out = self.network(seen.repeat(2, 1) if guided else seen, modulations)
+                cond, uncond = out.chunk(2) if guided else (out, None)
+                drawn = noise[len(table) - 1 - i] if i else None
+                x = ddpm_step(x, cond, uncond, drawn, table[i], guidance, temperature)
         return x
+
+    def begin(self, z: Tensor, start: Tensor, drawn: Drawn, table: Tensor, embedded: Tensor) -> Denoising:
+        """Ready for the first step; arguments as in `sample`, but noise is drawn where it is used."""
+        c = self.cond_embed(z)
+        seen = start.to(c.dtype).repeat(len(z) // max(len(start), 1), 1)
+        clock = torch.full((2,), len(table) - 1, device=start.device)
+        return Denoising(start.clone(), seen, clock, c, drawn, table, embedded)
+
+    def advance(self, run: Denoising, steps: int = 1) -> None:
+        """Take the next steps, in place; their modulations are made at once."""
+        made = self.of_steps(condition(run.embedded, run.c, run.clock, steps))
+        for ahead, modulations in enumerate(made):
+            out = self.network(run.seen, modulations)
+            close = steps if ahead == steps - 1 else 0
+            ddpm_update(run.x, run.seen, run.clock, out, run.table, run.drawn, ahead, close)

@@ -7,7 +7,7 @@ Every sequence starts with `buffer` extra rows.
 import torch
 from torch import Tensor, nn
 
-from ....kernels.mar_tokens import embed_visible, grid_positions, place_tokens
+from ....kernels.mar_tokens import add_positions, embed_visible, grid_positions, place_tokens
 from ...layers.attention import Attention
 from ...layers.linear import Linear
 from ...layers.vit_block import NORM_EPS, ViTBlock
@@ -70,17 +70,25 @@ class MarDecoder(nn.Module):
         return self.mask_token if x_con is None else self.embed(x_con)
 
     def forward(
-        self, x: Tensor, visible: Tensor, predicted: Tensor, base: Tensor, position: Tensor, diffusion_position: Tensor
+        self,
+        x: Tensor,
+        visible: Tensor,
+        predicted: Tensor,
+        base: Tensor,
+        position: Tensor,
+        diffusion_position: Tensor,
+        source: Tensor | None = None,
     ) -> Tensor:
-        """x (R, buffer + V, D), visible (R, V), predicted (R, N) -> z (R, N, D).
+        """x (R, buffer + V, D), visible (B, V), predicted (B, N) -> z (R, N, D).
 
-        The last block computes only the predicted rows.
+        With guidance R is 2B, and both halves have the same plan; source (B, n) is its `inverse_index`, where the
+        caller has it already. The last block computes only the predicted rows.
         """
-        x = place_tokens(self.embed(x), visible, base, position)  # (R, buffer + n, D)
+        x = place_tokens(self.embed(x), visible, base, position, source)  # (R, buffer + n, D)
         for block in self.blocks[:-1]:
             x = block(x)
         x = self.blocks[-1](x, only=predicted + self.buffer)  # (R, N, D)
-        return self.norm(x) + diffusion_position[predicted]
+        return add_positions(self.norm(x), predicted, diffusion_position)
 
 
 def all_visible(tokens: Tensor) -> Tensor:

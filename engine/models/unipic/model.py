@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ....kernels.linear import linear
 from ....kernels.mar_tokens import select_tokens
 from ...kv_cache import KVCache
 from ...layers.attention import Attention
-from ...layers.linear import Linear
+from ...layers.linear import Linear, logits
 from ...layers.qwen2 import Qwen2
 from ...layers.vae import VAEDecoder, VAEEncoder
 from ...noise import Noise
@@ -170,7 +169,7 @@ def question_ids(tokens: Tokens, question: str) -> list[int]:
 def next_logits(model: UniPic, cache: KVCache, ids: Sequence[int]) -> Tensor:
     """Append ids to the cached text; logits (vocab) float32 of the token after them."""
     hidden = model.llm.extend(model.embed(as_row(ids, model.embed.weight)), cache)
-    return linear(hidden[0, -1], model.embed.weight).float()
+    return logits(hidden[0, -1], model.embed).float()
 
 
 def new_cache(model: UniPic, capacity: int, like: Tensor, base: KVCache | None = None) -> KVCache:

@@ -1,0 +1,52 @@
+"""What is stored in fewer bits, as data: a scheme, and the modules it takes by exact names with a wildcard for layers.
+
+int8    ours: int8 weights and activations (quant/int8.py)
+bnb8    LLM.int8() of bitsandbytes (arXiv 2208.07339)
+nf4     4-bit NormalFloat weights of bitsandbytes (arXiv 2305.14314)
+none    as the checkpoint is
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+SCHEMES = ("none", "int8", "bnb8", "nf4")
+LAYER = "*"  # a component of a name that is a layer's number
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The modules around one residual stream, for quant/rotate.py."""
+
+    table: str  # embedding whose rows enter the stream, and whose transpose makes the logits
+    writers: tuple[str, ...]  # modules whose outputs enter the stream or are added to it
+    readers: tuple[tuple[str, str], ...]  # (RMSNorm of the stream, the linear module that reads it)
+    last: str  # the norm in front of the logits
+
+
+@dataclass(frozen=True)
+class Recipe:
+    scheme: str
+    modules: tuple[str, ...] = ()
+    rotation: Rotation | None = None
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"scheme {self.scheme!r} is none of {', '.join(SCHEMES)}")
+
+
+NONE = Recipe("none")
+
+
+def expand(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names that a pattern stands for. Raises ValueError if there is none: a recipe must not silently do less."""
+    wanted = pattern.split(".")
+    found = [name for name in names if _fits(wanted, name.split("."))]
+    if not found:
+        raise ValueError(f"no module is called {pattern}, which a recipe names")
+    return found
+
+
+def _fits(wanted: list[str], found: list[str]) -> bool:
+    return len(wanted) == len(found) and all(
+        b.isdecimal() if a == LAYER else a == b for a, b in zip(wanted, found, strict=True)
+    )

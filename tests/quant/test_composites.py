@@ -1,0 +1,132 @@
+"""What surrounds a linear layer: bit for bit the plain formulas for floating layers, close to them for int8 ones."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from unipic_run.engine.layers.linear import Linear, linear_add, linear_each, norm_linear
+from unipic_run.engine.layers.qwen2 import RMSNorm
+from unipic_run.quant.recipe import Recipe
+from unipic_run.quant.swap import Change, swap
+
+ACTS = {
+    "none": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "swiglu": lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+}
+
+
+class Block(nn.Module):
+    def __init__(self, rms: bool = False, affine: bool = True, act: str = "none"):
+        super().__init__()
+        self.norm = RMSNorm(48, 1e-6) if rms else nn.LayerNorm(48, eps=1e-6, elementwise_affine=affine)
+        self.wide = Linear(48, 96)
+        self.narrow = Linear(48 if act == "swiglu" else 96, 48)
+
+
+def filled(block: nn.Module) -> nn.Module:
+    noise = torch.Generator().manual_seed(0)
+    for parameter in block.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=noise) / parameter.shape[-1] ** 0.5
+    return block
+
+
+def in_int8(block: Block) -> nn.Module:
+    """The same values in int8 layers."""
+    quantised = Block()
+    quantised.norm, quantised.narrow = block.norm, Linear(block.narrow.in_features, 48)
+    recipe = Recipe("int8", ("wide", "narrow"))
+    swap(quantised, recipe)
+    change = Change(quantised, recipe)
+    values = {}
+    for name, tensor in block.state_dict().items():
+        values |= change(name, tensor)
+    quantised.load_state_dict(values, assign=True)
+    return quantised
+
+
+def inputs(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, residual, and one GEMM's modulation (shift, scale, gate), as adaLN makes them."""
+    noise = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(*shape, generator=noise) for shape in ((rows, 48), (rows, 48), (rows, 3 * 48)))
+
+
+def composites(block, x, residual, modulation, act, gated):
+    shift, scale, gate = modulation.chunk(3, -1) if gated else (None, None, None)
+    y = norm_linear(x, block.norm, block.wide, (shift, scale) if gated else None, act=act)
+    return linear_add(y, block.narrow, residual, gate)
+
+
+def formulas(block, x, residual, modulation, act, gated):
+    y = block.norm(x)
+    if gated:
+        shift, scale, gate = modulation.chunk(3, -1)
+        y = y * (1 + scale) + shift
+    y = block.narrow(ACTS[act](block.wide(y)))
+    return residual + (gate * y if gated else y)
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize(("rms", "gated"), [(False, False), (True, False), (False, True)])
+def test_floating_layers_and_their_gradients_are_the_plain_formulas(act, rms, gated):
+    block = filled(Block(rms, act=act))
+    for rows in (2, 30):
+        found = []
+        for compute in (composites, formulas):
+            x, residual, modulation = (tensor.requires_grad_() for tensor in inputs(rows))
+            y = compute(block, x, residual, modulation, act, gated)
+            wanted = [x, residual, *block.parameters(), *([modulation] if gated else [])]
+            found.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
+            with torch.inference_mode():
+                assert torch.equal(compute(block, x, residual, modulation, act, gated), y)
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("rows", [1, 16, 17, 50])
+@torch.inference_mode()
+def test_int8_layers_come_close(act, gated, rows):
+    block = filled(Block(act=act))
+    x, residual, modulation = inputs(rows)
+    expected = formulas(block, x, residual, modulation, act, gated)
+    y = composites(in_int8(block), x, residual, modulation, act, gated)
+    assert (y - expected).norm() / (expected - residual).norm() < 0.03
+    assert y.dtype == torch.float32
+
+
+@torch.inference_mode()
+def test_the_activation_can_come_first():
+    block, act = filled(Block(act="swiglu")), "swiglu"
+    for rows in (3, 40):
+        x, residual, _ = inputs(rows)
+        y = block.wide(x)
+        expected = residual + block.narrow(ACTS[act](y))
+        assert torch.equal(linear_add(y, block.narrow, residual, act=act), expected)
+        close = linear_add(y, in_int8(block).narrow, residual, act=act)
+        assert (close - expected).norm() / (expected - residual).norm() < 0.03
+
+
+@pytest.mark.parametrize("rows", [slice(48), slice(48, None)])
+@pytest.mark.parametrize("scheme", ["none", "int8", "other"])
+@torch.inference_mode()
+def test_some_of_the_outputs(rows, scheme):
+    block = filled(Block())
+    layer = {"none": block.wide, "int8": in_int8(block).wide, "other": nn.Sequential(block.wide)}[scheme]
+    for count in (3, 40):
+        x = inputs(count)[0]
+        whole = norm_linear(x, block.norm, layer)
+        assert torch.allclose(norm_linear(x, block.norm, layer, rows=rows), whole[..., rows], rtol=0, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_several_layers_share_their_input():
+    block, quantised = filled(Block()), in_int8(filled(Block()))
+    for rows in (3, 40):
+        x = inputs(rows)[0]
+        layers = [quantised.wide, block.wide, quantised.wide]
+        assert all(torch.equal(y, layer(x)) for y, layer in zip(linear_each(x, layers), layers, strict=True))
