@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under 9 minutes: tests marked gpu, parity, full-size latency and peak memory.
+# Everything that needs a GPU, in under 9 minutes: tests marked gpu, every operator, parity, full-size latency and peak memory.
 #   OUT=/tmp/results bash bench/gpu_check.sh        PYTHON=/path/to/python OUT=... bash bench/gpu_check.sh
 # Installs nothing: the checkout is imported as it lies there. Every part has its own time limit and a failing one does
 # not stop the others. Writes a log a part and one <card>-<date>.json into OUT (default bench/results).
@@ -41,10 +41,11 @@ part() {
 
 part environment 40 "$PYTHON" -c 'import sys; from unipic_run.cli import main; sys.exit(main())' doctor --json
 if command -v nvidia-smi >/dev/null; then part nvidia-smi 20 nvidia-smi -q; fi
-part gpu-tests 140 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/gpu
-part parity 90 "$PYTHON" bench/parity.py tests/data/goldens/unipic1 --checkpoint tests/data/unipic-tiny --device "$device"
-part latency 140 "${latency[@]}" --vram-cap 15
-part batch-of-4 90 "${latency[@]}" --tasks gen --batch 4
+part gpu-tests 90 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/gpu
+part ops 130 "$PYTHON" bench/ops.py
+part parity 70 "$PYTHON" bench/parity.py tests/data/goldens/unipic1 --checkpoint tests/data/unipic-tiny --device "$device"
+part latency 120 "${latency[@]}" --vram-cap 15
+part batch-of-4 60 "${latency[@]}" --tasks gen --batch 4
 
 "$PYTHON" bench/gpu_summary.py "$work/parts.tsv" "$OUT" || failed=1
 exit "$failed"
