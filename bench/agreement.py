@@ -68,10 +68,7 @@ def outcome(operator: Operator, function: Callable[..., Any], arguments: Sequenc
     """The tensors that a call returns, and the arguments that it writes to."""
     result = function(*arguments)
     returned = [result] if isinstance(result, Tensor) else list(result or ())
-    schema = operator.op.default._schema.arguments
-    return returned + [
-        x for x, a in zip(arguments, schema, strict=False) if a.alias_info and a.alias_info.is_write and x is not None
-    ]
+    return returned + operator.written(arguments)
 
 
 def wide(x: Any) -> Any:

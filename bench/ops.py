@@ -146,8 +146,7 @@ def timed(check: Check, roof: dict[str, float], repeat: int) -> dict[str, Any]:
 
 def restoring(operator: Operator, arguments: tuple[Any, ...]) -> Callable[[], None]:
     """Undoes what a run writes into its arguments, since a counter must not run past its table."""
-    schema = operator.op.default._schema.arguments
-    kept = [(x, x.clone()) for x, a in zip(arguments, schema, strict=False) if a.alias_info and a.alias_info.is_write]
+    kept = [(x, x.clone()) for x in operator.written(arguments)]
 
     def restore() -> None:
         for x, before in kept:

@@ -73,6 +73,17 @@ def store_rows(
 
 
 @triton.jit
+def store_means(
+    ptr, stride, count, state, ROWS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, D: tl.constexpr
+):
+    """The sums of values in both blocks of columns, divided by the sums of weights."""
+    share = (1 / state[3])[:, None]
+    store_rows(ptr, stride, count, state[0] * share, ROWS, 0, FIRST, D)
+    if SECOND:
+        store_rows(ptr, stride, count, state[1] * share, ROWS, FIRST, SECOND, D)
+
+
+@triton.jit
 def softmax_step(scores, largest, total, scale):
     """One more block of keys: their weights, the largest score and the sum so far, and what older sums shrink by."""
     now = tl.maximum(largest, tl.max(scores, axis=1) * scale)

@@ -5,7 +5,7 @@ own dtype. So do inputs that want a gradient and, after one warning, operators w
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -125,6 +125,11 @@ class Operator:
     @property
     def op(self) -> Any:
         return getattr(torch.ops.unipic, self.name)
+
+    def written(self, arguments: Sequence[Any]) -> list[Tensor]:
+        """Those of the arguments that a call writes to."""
+        told = [argument.alias_info for argument in self.op.default._schema.arguments]
+        return [x for x, alias in zip(arguments, told, strict=True) if x is not None and alias and alias.is_write]
 
     def __call__(self, *arguments: Any) -> Any:
         tensors = [x for x in arguments if isinstance(x, Tensor)]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from ._attend import LOG2_E, attend, empty_state, head_blocks, load_rows, store_rows, unit_rows
+from ._attend import LOG2_E, attend, empty_state, head_blocks, load_rows, store_means, unit_rows
 from ._op import Case, Cost, Operator, launch, tl, triton
 
 _MAX_WIDTH = 128  # of a head; the VAE's single one of 512 is left to the library
@@ -96,10 +96,7 @@ def _attention_kernel(
     state = attend(state, q0, q1, k_ptr, v_ptr, k_row, v_row, whole * 0, whole, last, scale, D, D0, D1, BLOCK_N, False)
     state = attend(state, q0, q1, k_ptr, v_ptr, k_row, v_row, whole, end, last, scale, D, D0, D1, BLOCK_N, True)
     out_ptr += (batch * lq + first) * heads * D + head * D
-    share = (1 / state[3])[:, None]
-    store_rows(out_ptr, heads * D, lq - first, state[0] * share, BLOCK_M, 0, D0, D)
-    if D1:
-        store_rows(out_ptr, heads * D, lq - first, state[1] * share, BLOCK_M, D0, D1, D)
+    store_means(out_ptr, heads * D, lq - first, state, BLOCK_M, D0, D1, D)
 
 
 def tiles(dtype: torch.dtype) -> dict[str, int]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._attend import LOG2_E, empty_state, head_blocks, load_rows, store_rows
+from ._attend import LOG2_E, empty_state, head_blocks, load_rows, store_means
 from ._op import Case, Cost, Operator, launch, tl, triton
 from .attention import attention_cost, attention_ref, attention_torch
 from .quantise_qkv import quantise_qkv, quantise_qkv_cases, quantise_qkv_torch
@@ -132,10 +132,7 @@ def _attention_int8_kernel(
         state, q0, q1, q_scale, k_ptr, k_scale_ptr, v_ptr, whole, lk, D, D0, D1, V0, V1, BLOCK_N, SHIFT, True
     )
     out_ptr += (batch * lq + first) * heads * D + head * D
-    share = (1 / state[3])[:, None]
-    store_rows(out_ptr, heads * D, left, state[0] * share, BLOCK_M, 0, V0, D)
-    if V1:
-        store_rows(out_ptr, heads * D, left, state[1] * share, BLOCK_M, V0, V1, D)
+    store_means(out_ptr, heads * D, left, state, BLOCK_M, V0, V1, D)
 
 
 def _attention_int8_triton(q, q_scale, k, k_scale, v, dtype):

@@ -182,17 +182,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return norm(x, weight, None, None, None, eps, True)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return norm(x, weight, bias, None, None, eps, False)
-
-
-def modulated_layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor, scale: Tensor, eps: float
-) -> Tensor:
-    """LN(x) (1 + scale) + shift; x (N, D); shift, scale (M, D), each for N / M rows; weight, bias (D) or None."""
-    return norm(x, weight, bias, shift, scale, eps, False)
-
-
 def norm_cases() -> list[Case]:
     def make(*shape: int, kind: str, groups: int = 0, dtype: torch.dtype = torch.float32, spread: int = 1):
         def arguments(device):

@@ -22,7 +22,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ._attend import LOG2_E, attend, empty_state, head_blocks, load_rows, store_rows, unit_rows
+from ._attend import LOG2_E, attend, empty_state, head_blocks, load_rows, store_means, unit_rows
 from ._op import Case, Cost, Operator, launch, tl, triton
 from .attention import attention_cost, attention_ref, attention_torch, random_qkv, tiles
 
@@ -109,10 +109,7 @@ def _prefix_attention_kernel(
     end = tl.minimum(first + BLOCK_M, length)
     state = attend(state, q0, q1, k_ptr, v_ptr, k_row, v_row, whole, end, query, scale, D, D0, D1, BLOCK_N, True)
     out_ptr += (row * length + first) * heads * D + head * D
-    share = (1 / state[3])[:, None]
-    store_rows(out_ptr, heads * D, length - first, state[0] * share, BLOCK_M, 0, D0, D)
-    if D1:
-        store_rows(out_ptr, heads * D, length - first, state[1] * share, BLOCK_M, D0, D1, D)
+    store_means(out_ptr, heads * D, length - first, state, BLOCK_M, D0, D1, D)
 
 
 def _prefix_attention_triton(q, k, v, prefix_k, prefix_v, prefix_of, lengths):

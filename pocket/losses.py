@@ -25,8 +25,7 @@ from .scenes import BACKGROUNDS
 from .sitting import Losses
 
 VARIANCE_WEIGHT = 1.0  # of one timestep's term, a thousandth of the whole bound
-DRAWS = 2  # noise levels per token
-WORDS_FIRST = 250  # steps
+DRAWS = 4  # noise levels per token
 LEVELS = 64  # timesteps a step; each is embedded once
 PREDICTED = 32  # tokens a picture at most
 
@@ -185,15 +184,15 @@ def answer_losses(model: UniPic, tokens: Tokens, batch: Answers) -> Losses:
     return {"answer": F.cross_entropy(logits, batch.words.ids[batch.words.answers])}
 
 
-def masked_share(step: int) -> float:
+def masked_share(step: int, words_first: int) -> float:
     """Share of masked tokens: often everything, which words alone foretell, then 0.7 or more as MAR trains, then less.
 
-    At first everything: once it has learned to look at its neighbours, a model is slow to learn to read.
+    In the first `words_first` steps everything: once it looks at its neighbours, a model is slow to learn to read.
 
     Steps of the golden ratio: evenly spread over any stretch of training.
     """
     u = (step * 0.6180339887) % 1.0
-    if step < WORDS_FIRST or u < 0.35:
+    if step < words_first or u < 0.35:
         return 1.0
     if u < 0.75:
         return 1.0 - 0.3 * (u - 0.35) / 0.4

@@ -26,7 +26,8 @@ class Sizes:
 class JointPlan:
     steps: int
     seed: int
-    hint_weight: float
+    hint_weights: tuple[float, float]  # at the first step and at the last, linear between
+    words_first: int  # steps with every token masked, before steps with other shares
     pictures: int = 28  # a step
     edits: int = 6
     answers: int = 8
@@ -41,4 +42,7 @@ class JointPlan:
 
 # Phases 2 and 3, an hour and a half and two hours and a half on two CPU cores. The second goes on from the weights of
 # the first, with other data.
-JOINT = (JointPlan(steps=1100, seed=2, hint_weight=1.0), JointPlan(steps=7000, seed=3, hint_weight=0.0))
+JOINT = (
+    JointPlan(steps=1100, seed=2, hint_weights=(1.0, 1.0), words_first=250),
+    JointPlan(steps=6000, seed=3, hint_weights=(1.0, 0.0), words_first=0),
+)

@@ -48,11 +48,13 @@ def joint_losses(joint: Joint, tokens: Tokens, plan: JointPlan, draw: Draw, step
     """The sum over the three tasks, and its parts."""
     noise = generator(plan.seed, step)
     model, hints, losses = joint.model, joint.hints, {}
-    made = picture_losses(model, hints, tokens, draw.pictures(plan.pictures), masked_share(step), noise)
-    total = made["noise"] + VARIANCE_WEIGHT * made["variance"] + plan.hint_weight * made["hint"]
+    made = picture_losses(model, hints, tokens, draw.pictures(plan.pictures), masked_share(step, plan.words_first), noise)
+    first, last = plan.hint_weights
+    hint_weight = first + (last - first) * step / plan.steps
+    total = made["noise"] + VARIANCE_WEIGHT * made["variance"] + hint_weight * made["hint"]
     losses |= made
     if plan.edits:
-        share = masked_share(step + EDIT_SHIFT / 0.6180339887)
+        share = masked_share(step + EDIT_SHIFT / 0.6180339887, plan.words_first)
         edited = picture_losses(model, hints, tokens, draw.edits(plan.edits), share, noise)
         total = total + (edited["noise"] + VARIANCE_WEIGHT * edited["variance"]) * plan.edits / plan.pictures
         losses["edit"] = edited["noise"]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from unipic_run.kernels.ddpm_step import DDPMStep, ddpm_step
 from unipic_run.kernels.mar_tokens import embed_visible, grid_positions, place_tokens, select_tokens
-from unipic_run.kernels.norms import modulated_layer_norm, rms_norm
+from unipic_run.kernels.norms import norm, rms_norm
 from unipic_run.kernels.rope import rope
 
 
@@ -24,7 +24,7 @@ def test_modulated_layer_norm() -> None:
     x, shift, scale = torch.randn(3, 5, 32)
     centred = x - x.mean(-1, keepdim=True)
     plain = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    torch.testing.assert_close(modulated_layer_norm(x, None, None, shift, scale, 1e-6), plain * (1 + scale) + shift)
+    torch.testing.assert_close(norm(x, None, None, shift, scale, 1e-6, False), plain * (1 + scale) + shift)
 
 
 def test_rope_rotates_pairs_half_a_head_apart() -> None:

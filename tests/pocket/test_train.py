@@ -32,7 +32,8 @@ TINY_VAE = VAEConfig(base=32, multipliers=(1, 1, 1, 1, 1), latent=16, groups=8)
 TINY_PLAN = JointPlan(
     steps=4,
     seed=2,
-    hint_weight=0.1,
+    hint_weights=(0.1, 0.0),
+    words_first=1,
     pictures=4,
     edits=2,
     answers=4,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ....kernels.condition import condition
 from ....kernels.ddpm_step import DDPMStep, Drawn, ddpm_step, ddpm_update
-from ...layers.linear import Linear, linear_add, norm_linear
+from ...layers.linear import Linear, linear_add, linear_each, norm_linear
 from .config import HeadConfig
 
 NORM_EPS = 1e-6
@@ -91,7 +91,7 @@ class DiffusionHead(nn.Module):
 
     def modulations(self, y: Tensor) -> Iterator[Tensor]:
         """Of every block and the final layer, from y (..., W): (..., 3W) each, the last (..., 2W)."""
-        return (layer.modulation(y) for layer in (*self.blocks, self.final))
+        return linear_each(y, [layer.modulation for layer in (*self.blocks, self.final)])
 
     def of_steps(self, y: Tensor) -> Iterator[Iterator[Tensor]]:
         """The modulations of each step, from y (steps, N, W): one product a layer for all steps.
