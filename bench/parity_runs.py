@@ -139,7 +139,7 @@ def joined(prompt: list[Prefill], what: str) -> Tensor:
 
 
 def _slots_first(cache: KVCache, layer: int) -> tuple[Tensor, ...]:
-    return tuple(x.transpose(0, 1).cpu() for x in cache.prefix(layer))  # (S, K, d)
+    return tuple(x.transpose(0, 1).cpu() for x in cache.upto(layer, 0))  # (S, K, d)
 
 
 def _spread(rows: list[Any], count: int) -> list[Any]:

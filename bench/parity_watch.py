@@ -95,7 +95,9 @@ class Watch:
         self._now |= {"enc": kept(out)}
 
     def _on_llm(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        self._now |= {"llm_in": kept(args[0]), "position_ids": kept(args[1]), "llm_out": kept(out)}
+        x, prompts = args
+        positions = prompts.positions(x.shape[1])
+        self._now |= {"llm_in": kept(x), "position_ids": kept(positions), "llm_out": kept(out)}
 
     def _on_decoder(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         self._now |= {"enc_out": kept(args[0]), "z": kept(out)}

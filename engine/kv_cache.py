@@ -1,4 +1,8 @@
-"""Static key/value cache of one prompt, cut back to a prefix in O(1)."""
+"""Static key/value cache of one prompt, cut back to a prefix in O(1); and the caches of a batch side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,6 +25,8 @@ class KVCache:
         device: torch.device,
         base: "KVCache | None" = None,
     ) -> None:
+        if base is not None and base.base is not None:
+            raise ValueError("the base of a cache has a base itself")
         self.keys = torch.empty(layers, heads, capacity, width, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
         self.base, self.own = base, 0
@@ -30,21 +36,23 @@ class KVCache:
         """Valid positions, those of the base included."""
         return self.own + (self.base.length if self.base else 0)
 
-    def prefix(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Valid keys and values of one layer, (K, length, d); views, unless a base has to be put in front."""
-        return self._upto(layer, self.own)
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (K, L, d) behind the valid part and return both together, (K, length + L, d).
+    def room(self, layer: int, count: int) -> tuple[Tensor, Tensor]:
+        """Where the next `count` keys and values of a layer belong: two views (1, K, count, d) to be written to.
 
         `length` moves only with `advance`, once every layer has written.
         """
-        end, capacity = self.own + k.shape[1], self.keys.shape[2]
+        end, capacity = self.own + count, self.keys.shape[2]
         if end > capacity:
             raise ValueError(f"{end} positions do not fit a cache of {capacity}")
-        self.keys[layer, :, self.own : end] = k
-        self.values[layer, :, self.own : end] = v
-        return self._upto(layer, end)
+        return self.keys[layer, None, :, self.own : end], self.values[layer, None, :, self.own : end]
+
+    def upto(self, layer: int, ahead: int) -> tuple[Tensor, Tensor]:
+        """Valid keys and values of a layer and `ahead` more, (K, length + ahead, d); views where there is no base."""
+        keys, values = (x[layer, :, : self.own + ahead] for x in (self.keys, self.values))
+        if self.base is None:
+            return keys, values
+        before = self.base.upto(layer, 0)
+        return torch.cat([before[0], keys], dim=1), torch.cat([before[1], values], dim=1)
 
     def advance(self, count: int) -> None:
         self.own += count
@@ -56,9 +64,52 @@ class KVCache:
             raise ValueError(f"cannot cut a cache of {self.own} own and {self.length} positions to {length}")
         self.own = own
 
-    def _upto(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
-        keys, values = self.keys[layer, :, :end], self.values[layer, :, :end]
-        if self.base is None:
-            return keys, values
-        before = self.base.prefix(layer)
-        return torch.cat([before[0], keys], dim=1), torch.cat([before[1], values], dim=1)
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        """Copy all that is valid to the front of keys and values, (layers, K, at least length, d)."""
+        if self.base:
+            self.base.write(keys, values)
+        here = slice(self.length - self.own, self.length)
+        keys[:, :, here] = self.keys[:, :, : self.own]
+        values[:, :, here] = self.values[:, :, : self.own]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The caches that R rows continue, as kernels/prefix_attention.py reads them.
+
+    `runs`: (prompt, rows, length) of consecutive rows that share a prompt. `prefix_of` and `lengths` say the same on
+    the device.
+    """
+
+    keys: Tensor  # (layers, P, K, capacity, d)
+    values: Tensor
+    prefix_of: Tensor  # (R) int32
+    lengths: Tensor  # (P) int32
+    runs: tuple[tuple[int, int, int], ...]
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[KVCache, int]]) -> "Prompts":
+        """From (cache, number of consecutive rows) in row order. A lone cache is taken as it is, others are copied."""
+        caches = list(dict.fromkeys(cache for cache, _ in rows))
+        runs = [(caches.index(cache), count, cache.length) for cache, count in rows]
+        first, lengths = caches[0], [cache.length for cache in caches]
+        if len(caches) == 1 and first.base is None:
+            keys, values = first.keys[:, None], first.values[:, None]
+        else:
+            layers, heads, _, width = first.keys.shape
+            keys = first.keys.new_empty(layers, len(caches), heads, max(lengths), width)
+            values = torch.empty_like(keys)
+            for slot, cache in enumerate(caches):
+                cache.write(keys[:, slot], values[:, slot])
+        owners = [prompt for prompt, count, _ in runs for _ in range(count)]
+        prefix_of, lengths = (torch.tensor(x, dtype=torch.int32, device=keys.device) for x in (owners, lengths))
+        return cls(keys, values, prefix_of, lengths, tuple(runs))
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """Position (R, 1) int64 at which each row goes on."""
+        return self.lengths.long()[self.prefix_of.long()][:, None]
+
+    def positions(self, count: int) -> Tensor:
+        """Of the next `count` tokens of every row, (R, count) int64."""
+        return self.starts + torch.arange(count, device=self.starts.device)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.ddpm_step import DDPMStep
+from ..kernels.mar_tokens import inverse_index
 
 
 def reveal_counts(masked: int, steps: int) -> list[tuple[int, int]]:
@@ -34,6 +35,7 @@ class Round:
     index: int
     visible: Tensor  # (B, V) already known when the round starts
     predicted: Tensor  # (B, N) revealed by it
+    source: Tensor  # (B, n) where in `visible` each position stands, -1 where it does not
     left: float  # share of the tokens to sample that the schedule leaves masked; at least one, also in the last round
 
 
@@ -53,7 +55,7 @@ class Rounds:
         def move(x: Tensor) -> Tensor:
             return x.to(device, non_blocking=True)
 
-        moved = (Round(r.index, move(r.visible), move(r.predicted), r.left) for r in self.rounds)
+        moved = (Round(r.index, move(r.visible), move(r.predicted), move(r.source), r.left) for r in self.rounds)
         return Rounds(self.rows, self.columns, tuple(moved))
 
 
@@ -69,7 +71,8 @@ def reveal_rounds(orders: Tensor, rows: int, columns: int, steps: int) -> Rounds
     for index, (before, after) in enumerate(reveal_counts(masked, steps)):
         visible = torch.cat([start, orders[:, before:]], dim=1).sort(dim=1).values
         predicted = orders[:, after:before].sort(dim=1).values
-        plan.append(Round(index, visible, predicted, max(after, 1) / masked))
+        source = inverse_index(visible, rows * columns)
+        plan.append(Round(index, visible, predicted, source, max(after, 1) / masked))
     return Rounds(rows, columns, tuple(plan))
 
 

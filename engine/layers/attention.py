@@ -7,14 +7,15 @@ installed and applies, else sdpa. The resolved name is what `doctor` and every r
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...kernels.attention import attention as sdpa
+from ...kernels.prefix_attention import prefix_attention as sdpa_behind
 from ..errors import UnipicWarning, UnsupportedDeviceError, UsageError
+from ..kv_cache import Prompts
 
 BACKENDS = ("auto", "sdpa", "flash-attn", "xformers")
 _MODULES = {"flash-attn": "flash_attn", "xformers": "xformers"}
@@ -74,20 +75,20 @@ def installed(name: str) -> bool:
     return importlib.util.find_spec(_MODULES[name]) is not None
 
 
-def prefix_attention(
-    attend: Attention, prefixes: Sequence[tuple[Tensor, Tensor, int]], q: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
+def prefix_attention(attend: Attention, prompts: Prompts, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of a block of rows, each continuing its own prompt.
 
-    q (R, H, L, d); k, v (R, K, L, d). `prefixes`: (keys, values, rows) in row order, keys and values (K, S, d) shared
-    by that many consecutive rows. Lengths S differ between prompts and no pad is ever attended. Returns (R, H, L, d).
+    q (R, H, L, d); k, v (R, K, L, d). Lengths differ between prompts and no pad is ever attended. Returns q's shape.
     """
+    keys, values = prompts.keys[layer], prompts.values[layer]  # (P, K, capacity, d)
+    if attend.backend == "sdpa":
+        return sdpa_behind(q, k, v, keys, values, prompts.prefix_of, prompts.lengths)
     out, row = [], 0
-    for keys, values, rows in prefixes:
+    for prompt, rows, length in prompts.runs:
         here = slice(row, row + rows)
-        all_keys = torch.cat([keys.expand(rows, -1, -1, -1), k[here]], dim=2)  # (rows, K, S + L, d)
-        all_values = torch.cat([values.expand(rows, -1, -1, -1), v[here]], dim=2)
-        out.append(attend(q[here], all_keys, all_values, causal=True))
+        before = (x[prompt, :, :length].expand(rows, -1, -1, -1) for x in (keys, values))
+        joined = (torch.cat([x, own[here]], dim=2) for x, own in zip(before, (k, v), strict=True))
+        out.append(attend(q[here], *joined, causal=True))
         row += rows
     return torch.cat(out)
 

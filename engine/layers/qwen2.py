@@ -3,16 +3,17 @@
 Letters: R rows, L tokens of this block, D width, H query heads, K key/value heads, d head dim.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ...kernels.decode_attention import decode_attention
 from ...kernels.norms import rms_norm
 from ...kernels.rope import rope, rope_split, rotary_tables, split_heads
-from ..kv_cache import KVCache
+from ..kv_cache import KVCache, Prompts
 from .attention import Attention, prefix_attention
 from .linear import Linear, linear_add, norm_linear
 
@@ -32,6 +33,7 @@ class Qwen2Config:
 
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
+Room = tuple[Tensor, Tensor]  # for keys and values (R, K, L, d)
 
 
 class RMSNorm(nn.Module):
@@ -65,10 +67,10 @@ class Qwen2Layer(nn.Module):
         q, k, v = split_heads(norm_linear(x, self.input_norm, self.qkv), c.heads, c.kv_heads)
         return self.after(x, mix(rope(q, cos, sin), rope(k, cos, sin), v))
 
-    def follow(self, x: Tensor, positions: Tensor, inv_freq: Tensor, mix: Mix) -> Tensor:
-        """The same from positions (R, L) and inv_freq (d/2) float32."""
+    def follow(self, x: Tensor, positions: Tensor, inv_freq: Tensor, mix: Mix, into: Room | None = None) -> Tensor:
+        """The same from positions (R, L) and inv_freq (d/2) float32; k and v are written `into` a cache's room."""
         qkv = norm_linear(x, self.input_norm, self.qkv)
-        return self.after(x, mix(*rope_split(qkv, positions, inv_freq, self.config.heads, self.config.kv_heads)))
+        return self.after(x, mix(*rope_split(qkv, positions, inv_freq, self.config.heads, self.config.kv_heads, into)))
 
     def after(self, x: Tensor, mixed: Tensor) -> Tensor:
         """What follows attention; mixed (R, H, L, d)."""
@@ -85,29 +87,37 @@ class Qwen2(nn.Module):
         self.layers = nn.ModuleList(Qwen2Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
-    def forward(self, x: Tensor, positions: Tensor, prompts: Sequence[tuple[KVCache, int]]) -> Tensor:
-        """Continue cached prompts by one block and leave the caches as they are.
-
-        x (R, L, D), positions (R, L); `prompts`: (cache, rows) in row order. Returns (R, L, D).
-        """
-        inv_freq = self.frequencies(x.device, x.dtype)
+    def forward(self, x: Tensor, prompts: Prompts) -> Tensor:
+        """Continue the cached prompts of R rows by one block x (R, L, D) and leave the caches as they are."""
+        positions, inv_freq = prompts.positions(x.shape[1]), self.frequencies(x.device, x.dtype)
         for index, layer in enumerate(self.layers):
-            prefixes = [(*cache.prefix(index), rows) for cache, rows in prompts]
-            x = layer.follow(x, positions, inv_freq, partial(prefix_attention, self.attend, prefixes))
+            x = layer.follow(x, positions, inv_freq, partial(prefix_attention, self.attend, prompts, index))
         return self.norm(x)
 
     def extend(self, x: Tensor, cache: KVCache) -> Tensor:
         """Run one row x (1, L, D) behind the cache and keep its keys and values there. Returns (1, L, D)."""
-        positions = torch.arange(cache.length, cache.length + x.shape[1], device=x.device)[None]
+        count = x.shape[1]
+        positions = torch.arange(cache.length, cache.length + count, device=x.device)[None]
         inv_freq = self.frequencies(x.device, x.dtype)
+        attend = partial(self.attend_one if count == 1 and self.attend.backend == "sdpa" else self.attend_cached, cache)
         for index, layer in enumerate(self.layers):
-            x = layer.follow(x, positions, inv_freq, partial(self.attend_cached, cache, index))
-        cache.advance(x.shape[1])
+            x = layer.follow(x, positions, inv_freq, partial(attend, index), cache.room(index, count))
+        cache.advance(count)
         return self.norm(x)
 
     def attend_cached(self, cache: KVCache, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = cache.extend(layer, k[0], v[0])
+        """Of L queries whose keys and values are the last in the cache."""
+        keys, values = cache.upto(layer, q.shape[2])
         return self.attend(q, keys[None], values[None], causal=True)
+
+    def attend_one(self, cache: KVCache, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The same of one query, as in an answer; nothing is joined, and many programs share the keys."""
+        own, base = (cache.keys[layer][None], cache.values[layer][None]), cache.base
+        length = q.new_full((1,), cache.own + 1, dtype=torch.int32)
+        if base is None:
+            return decode_attention(q, *own, length)
+        seen = q.new_full((1,), base.own, dtype=torch.int32)
+        return decode_attention(q, *own, length, base.keys[layer], base.values[layer], seen)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin (R, 1, L, d) for positions (R, L), angles in float32."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from unipic_run.engine.kv_cache import KVCache
+from unipic_run.engine.kv_cache import KVCache, Prompts
 from unipic_run.engine.layers.attention import Attention
 from unipic_run.engine.layers.qwen2 import Qwen2, Qwen2Config
 
@@ -73,10 +73,8 @@ def test_a_block_behind_prompts_of_different_length_leaves_the_caches_alone(
     for prompt in prompts:
         caches.append(cache(prompt.shape[1]))
         ours.extend(prompt, caches[-1])
-    owner = (0, 1, 1)
-    positions = torch.stack([torch.arange(6) + prompts[i].shape[1] for i in owner])
-    got = ours(block, positions, [(caches[0], 1), (caches[1], 2)])
-    for row, i in enumerate(owner):
+    got = ours(block, Prompts.of([(caches[0], 1), (caches[1], 1), (caches[0], 1)]))
+    for row, i in enumerate((0, 1, 0)):
         expected = reference(theirs, torch.cat([prompts[i], block[row : row + 1]], 1))[:, -6:]
         torch.testing.assert_close(got[row : row + 1], expected, atol=1e-4, rtol=1e-4)
     assert [c.length for c in caches] == [4, 9]
@@ -101,11 +99,16 @@ def test_prompts_share_what_they_have_in_common(pair: tuple[Qwen2, torch.nn.Modu
     base = cache(7)
     ours.extend(picture, base)
     kept = cache(3, base)
-    got = ours.extend(tail, kept)
+    got = torch.cat([ours.extend(part, kept) for part in tail.split([2, 1], dim=1)], 1)  # the last one by itself
     torch.testing.assert_close(got, reference(theirs, torch.cat([picture, tail], 1))[:, -3:], atol=1e-4, rtol=1e-4)
-    assert kept.length == 10 and base.length == 7 and kept.prefix(0)[0].shape[1] == 10
+    assert kept.length == 10 and base.length == 7 and kept.upto(0, 0)[0].shape[1] == 10
     kept.cut(7)
-    assert torch.equal(ours.extend(tail, kept), got)
+    torch.testing.assert_close(ours.extend(tail, kept), got, atol=1e-5, rtol=1e-5)
+    block = torch.randn(2, 4, CONFIG.width)
+    behind = ours(block, Prompts.of([(kept, 2)]))
+    for row in range(2):
+        expected = reference(theirs, torch.cat([picture, tail, block[row : row + 1]], 1))[:, -4:]
+        torch.testing.assert_close(behind[row : row + 1], expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="cannot cut"):
         kept.cut(6)
 
@@ -113,7 +116,7 @@ def test_prompts_share_what_they_have_in_common(pair: tuple[Qwen2, torch.nn.Modu
 def test_cache_refuses_what_does_not_fit() -> None:
     small = cache(3)
     with pytest.raises(ValueError, match="4 positions do not fit a cache of 3"):
-        small.extend(0, *torch.zeros(2, CONFIG.kv_heads, 4, CONFIG.head_dim))
+        small.room(0, 4)
     with pytest.raises(ValueError, match="cannot cut"):
         small.cut(1)
 

@@ -1,11 +1,13 @@
 """Fast attention against materialised float32 scores, and the optional backends' calling conventions."""
 
+import math
 import sys
 from types import ModuleType
 
 import pytest
 import torch
 from unipic_run.engine.errors import UnsupportedDeviceError, UsageError
+from unipic_run.engine.kv_cache import KVCache, Prompts
 from unipic_run.engine.layers.attention import Attention, prefix_attention, resolve
 from unipic_run.kernels.attention import attention, attention_ref
 
@@ -78,14 +80,34 @@ def test_optional_backends_are_called_as_they_expect(
     torch.testing.assert_close(got, attention_ref(q, k, v, causal), atol=2e-6, rtol=1e-5)
 
 
-def test_rows_of_different_prompts_see_their_own_prefix_only() -> None:
+def prompts_of(*lengths: int, rows: tuple[int, ...]) -> tuple[Prompts, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Prompts of two layers with room to spare, and the keys and values (K, S, d) of the second."""
+    caches = [KVCache(2, 2, length + 3, 8, torch.float32, torch.device("cpu")) for length in lengths]
+    for cache, length in zip(caches, lengths, strict=True):
+        cache.keys.fill_(math.nan), cache.values.fill_(math.nan)
+        for layer in range(2):
+            for x in cache.room(layer, length):
+                x.normal_()
+        cache.advance(length)
+    return Prompts.of(list(zip(caches, rows, strict=True))), [cache.upto(1, 0) for cache in caches]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flash-attn"])
+def test_rows_of_different_prompts_see_their_own_prefix_only(backend: str, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", fake_flash())
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 4, 5, 8), torch.randn(3, 2, 5, 8), torch.randn(3, 2, 5, 8)
-    short, long = (torch.randn(2, 2, 3, 8), torch.randn(2, 2, 11, 8))
-    got = prefix_attention(Attention(), [(*short, 1), (*long, 2)], q, k, v)
+    prompts, (short, long) = prompts_of(3, 11, rows=(1, 2))
+    got = prefix_attention(Attention(backend), prompts, 1, q, k, v)
     for row, (keys, values) in enumerate((short, long, long)):
         all_k, all_v = torch.cat([keys[None], k[row : row + 1]], 2), torch.cat([values[None], v[row : row + 1]], 2)
         torch.testing.assert_close(got[row : row + 1], attention_ref(q[row : row + 1], all_k, all_v, causal=True))
+    assert prompts.positions(2).tolist() == [[3, 4], [11, 12], [11, 12]]
+
+
+def test_a_lone_prompt_is_read_where_it_lies() -> None:
+    prompts, ((keys, _),) = prompts_of(4, rows=(2,))
+    assert prompts.keys.data_ptr() == keys.data_ptr() - keys.storage_offset() * 4
 
 
 def test_resolving_names_the_reason() -> None:

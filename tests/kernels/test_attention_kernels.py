@@ -5,14 +5,13 @@ import os
 import pytest
 import torch
 from unipic_run.bench.interpreter import exact_bfloat16
-from unipic_run.engine.layers import attention as layers
 from unipic_run.kernels import attention_int8 as int8
 from unipic_run.kernels._attend import head_blocks
 from unipic_run.kernels._op import HAS_TRITON, OPERATORS, interpreted, recording
 from unipic_run.kernels.attention import attention, attention_ref, prefers_triton, random_qkv
 from unipic_run.kernels.attention_int8 import attention_int8
 from unipic_run.kernels.decode_attention import decode_attention, decode_attention_cases
-from unipic_run.kernels.prefix_attention import prefix_attention, prefix_attention_cases
+from unipic_run.kernels.prefix_attention import prefix_attention, prefix_attention_cases, prefix_attention_ref
 from unipic_run.kernels.quantise_qkv import quantise_qkv
 
 needs_the_interpreter = pytest.mark.skipif(
@@ -93,18 +92,8 @@ def test_one_launch_serves_all_prompts_and_whatever_their_buffers_hold_then() ->
             with recording() as launches:
                 got = prefix_attention(q, k, v, prefix_k, prefix_v, prefix_of, lengths)
             assert len(launches) == 1 and got.transpose(1, 2).is_contiguous()
-            prompts = [(prefix_k[p, :, : refill[p]], prefix_v[p, :, : refill[p]], 1) for p in prefix_of.tolist()]
-            expected = layers.prefix_attention(layers.Attention(), prompts, q, k, v)
+            expected = prefix_attention_ref(q, k, v, prefix_k, prefix_v, prefix_of, lengths)
             torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
-
-
-def test_on_a_cpu_rows_of_one_prompt_are_computed_together_as_before() -> None:
-    torch.manual_seed(0)
-    q, (k, v), (prefix_k, prefix_v) = torch.randn(3, 4, 5, 8), torch.randn(2, 3, 2, 5, 8), torch.randn(2, 2, 2, 11, 8)
-    prefix_of, lengths = torch.tensor([1, 0, 0]), torch.tensor([11, 3])
-    got = prefix_attention(q, k, v, prefix_k, prefix_v, prefix_of, lengths)
-    prompts = [(prefix_k[1, :, :3], prefix_v[1, :, :3], 1), (prefix_k[0], prefix_v[0], 2)]
-    assert torch.equal(got, layers.prefix_attention(layers.Attention(), prompts, q, k, v))
 
 
 @needs_the_interpreter

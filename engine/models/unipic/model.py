@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ....kernels.mar_tokens import select_tokens
-from ...kv_cache import KVCache
+from ...kv_cache import KVCache, Prompts
 from ...layers.attention import Attention
 from ...layers.linear import Linear, logits
 from ...layers.qwen2 import Qwen2
@@ -182,8 +182,8 @@ class Sampler:
 
     def __init__(self, model: UniPic, conditions: Conditions, task: Task, noises: Sequence[Noise]) -> None:
         self.model, self.task, self.noises = model, task, noises
-        self.prompts, head = conditions.rows, model.config.head
-        self.copies = sum(rows for _, rows in self.prompts) // len(noises)  # 2 with guidance
+        self.prompts, head = Prompts.of(conditions.rows), model.config.head
+        self.copies = len(self.prompts.prefix_of) // len(noises)  # 2 with guidance
         self.table = ddpm_table(head.train_steps, head.steps, head.max_beta)
         self.steps = model.head.embed_steps(self.table)
         self.encoder_positions = model.mar_encoder.positions(task.rows, task.columns)
@@ -205,15 +205,9 @@ class Sampler:
         model, buffer = self.model, self.model.config.mar.buffer
         x = model.mar_encoder(tokens, plan.visible, self.encoder_positions)  # (B, buffer + V, D)
         read = buffers_last(model.proj_in(x), buffer).repeat(self.copies, 1, 1)  # (R, V + buffer, H)
-        read = model.llm(read, self.positions(read), self.prompts)
+        read = model.llm(read, self.prompts)
         x = x.repeat(self.copies, 1, 1) + model.proj_out(buffers_first(read, buffer))
-        visible, predicted = plan.visible.repeat(self.copies, 1), plan.predicted.repeat(self.copies, 1)
-        return model.mar_decoder(x, visible, predicted, self.base, *self.decoder_positions)
-
-    def positions(self, x: Tensor) -> Tensor:
-        """LLM positions (R, L): every row goes on where its own prompt ended."""
-        block = torch.arange(x.shape[1], device=x.device)
-        return torch.cat([(block + cache.length).expand(rows, -1) for cache, rows in self.prompts])
+        return model.mar_decoder(x, plan.visible, plan.predicted, self.base, *self.decoder_positions, plan.source)
 
     def denoise(self, z: Tensor, plan: Round) -> Tensor:
         """Latents (B, N, 16) float32 of the predicted tokens, from conditions z (R, N, D)."""
