@@ -85,7 +85,7 @@ class Engine:
 
         device: auto, cpu, cuda, cuda:N. dtype: auto (bfloat16 on CUDA, float32 on the CPU), bf16, fp16, fp32.
         quant: none, int8, bnb8, nf4 (the last two through bitsandbytes); by default as the checkpoint is stored.
-        attention: auto, sdpa, flash-attn, xformers. exact_rope: keep rotary frequencies in float32, which the
+        attention: auto, sdpa, int8-qk, flash-attn, xformers. exact_rope: keep rotary frequencies in float32, which the
         released scripts round to bfloat16. Raises UsageError, ModelMissingError, CorruptWeightsError,
         UnsupportedDeviceError, BudgetError. `on_progress(doing, done, total)` counts bytes, `say` gets a sentence
         before anything slow.

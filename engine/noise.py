@@ -23,7 +23,9 @@ class Stream(IntEnum):
 
 
 class Noise(Protocol):
-    """Randomness of one image."""
+    """Randomness of one image. `key`: the counter's, two 32-bit words, or None where all of it is recorded."""
+
+    key: tuple[int, int] | None
 
     def order(self, count: int) -> Tensor:
         """A permutation of 0 .. count-1, int64 on the CPU."""
@@ -71,6 +73,8 @@ class PhiloxNoise:
 
 class Tape:
     """Recorded randomness of one image, for replaying a reference run."""
+
+    key = None
 
     def __init__(self, order: Tensor, starts: Mapping[int, Tensor], steps: Mapping[int, Tensor]) -> None:
         """order (M) int64; starts[round] (N, C); steps[round] (steps, N, C) in the order they were drawn."""

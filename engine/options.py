@@ -47,7 +47,7 @@ Model = _in(str | None, "--model", "-m", metavar="NAME", help="Short name, folde
 Device = _in(str, "--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")
 Dtype = _in(str | None, "--dtype", metavar="NAME", help="auto, bf16, fp16 or fp32.")
 Quant = _in(str | None, "--quant", metavar="NAME", help="none, int8, bnb8 or nf4; else as the checkpoint is stored.")
-Attn = _in(str, "--attn", metavar="NAME", help="auto, sdpa, flash-attn or xformers.")
+Attn = _in(str, "--attn", metavar="NAME", help="auto, sdpa, int8-qk, flash-attn or xformers.")
 ExactRope = _in(
     bool | None, "--exact-rope", help="Keep rotary frequencies in float32; the original rounds them in bf16."
 )

@@ -105,6 +105,11 @@ def interpreted() -> Iterator[None]:
         _interpreted.reset(token)
 
 
+def launches(x: Tensor) -> bool:
+    """Whether operators on x launch kernels, or on the meta device count them."""
+    return x.is_meta or (HAS_TRITON and (x.is_cuda or _interpreted.get()))
+
+
 class Operator:
     """`torch` and `triton` compute the same from the arguments of `schema`, the second by way of `launch`."""
 
@@ -135,7 +140,7 @@ class Operator:
         tensors = [x for x in arguments if isinstance(x, Tensor)]
         if tensors[0].is_meta:
             return self.op(*arguments)
-        if self.broken or not (tensors[0].is_cuda or _interpreted.get()) or _wants_gradient(tensors):
+        if self.broken or not launches(tensors[0]) or _wants_gradient(tensors):
             return self.torch(*arguments)
         try:
             return self.op(*arguments)

@@ -21,6 +21,7 @@ from ._op import Case, Cost, Operator, launch, tl, triton
 from .philox import normals, token_words
 
 COLUMNS = 8  # of a step table
+GUIDANCE = 6  # which of them
 
 
 class DDPMStep(NamedTuple):

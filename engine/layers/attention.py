@@ -1,7 +1,9 @@
 """One door to attention: the backends, and which of them runs.
 
-`sdpa` is torch's own; `flash-attn` and `xformers` are optional packages for CUDA. `auto` takes flash-attn where it is
-installed and applies, else sdpa. The resolved name is what `doctor` and every result report.
+`sdpa` is our kernels, or torch's own where they are not faster; `int8-qk` is the same with scores in whole numbers
+wherever attention is bidirectional, for speed at a relative error under 2e-2; `flash-attn` and `xformers` are optional
+packages for CUDA. `auto` takes flash-attn where it is installed and applies, else sdpa. The resolved name is what
+`doctor` and every result report.
 """
 
 import importlib
@@ -13,14 +15,16 @@ import torch
 from torch import Tensor
 
 from ...kernels.attention import attention as sdpa
+from ...kernels.attention_int8 import attention_int8
 from ...kernels.prefix_attention import prefix_attention as sdpa_behind
 from ..errors import UnipicWarning, UnsupportedDeviceError, UsageError
 from ..kv_cache import Prompts
 
-BACKENDS = ("auto", "sdpa", "flash-attn", "xformers")
+BACKENDS = ("auto", "sdpa", "int8-qk", "flash-attn", "xformers")
 _MODULES = {"flash-attn": "flash_attn", "xformers": "xformers"}
 _ENTRIES = {"flash-attn": "flash_attn", "xformers": "xformers.ops"}
 _MAX_FLASH_HEAD = 256
+_MAX_INT8_HEAD = 128
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,19 @@ class Attention:
 
     backend: str = "sdpa"
 
+    @property
+    def ours(self) -> bool:
+        """Whether causal attention is our kernels'."""
+        return self.backend in ("sdpa", "int8-qk")
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
         """q (B, H, Lq, d); k, v (B, K, Lk, d), K divides H; causal masks align to the last key. Returns q's shape."""
         if self.backend == "flash-attn" and q.shape[-1] <= _MAX_FLASH_HEAD:
             return _flash(q, k, v, causal)
         if self.backend == "xformers":
             return _xformers(q, k, v, causal)
+        if self.backend == "int8-qk" and not causal and q.shape[-1] <= _MAX_INT8_HEAD:
+            return attention_int8(q, k, v)
         return sdpa(q, k, v, causal)
 
 
@@ -81,7 +92,7 @@ def prefix_attention(attend: Attention, prompts: Prompts, layer: int, q: Tensor,
     q (R, H, L, d); k, v (R, K, L, d). Lengths differ between prompts and no pad is ever attended. Returns q's shape.
     """
     keys, values = prompts.keys[layer], prompts.values[layer]  # (P, K, capacity, d)
-    if attend.backend == "sdpa":
+    if attend.ours:
         return sdpa_behind(q, k, v, keys, values, prompts.prefix_of, prompts.lengths)
     out, row = [], 0
     for prompt, rows, length in prompts.runs:

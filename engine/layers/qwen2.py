@@ -99,7 +99,7 @@ class Qwen2(nn.Module):
         count = x.shape[1]
         positions = torch.arange(cache.length, cache.length + count, device=x.device)[None]
         inv_freq = self.frequencies(x.device, x.dtype)
-        attend = partial(self.attend_one if count == 1 and self.attend.backend == "sdpa" else self.attend_cached, cache)
+        attend = partial(self.attend_one if count == 1 and self.attend.ours else self.attend_cached, cache)
         for index, layer in enumerate(self.layers):
             x = layer.follow(x, positions, inv_freq, partial(attend, index), cache.room(index, count))
         cache.advance(count)

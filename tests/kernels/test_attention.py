@@ -92,6 +92,15 @@ def prompts_of(*lengths: int, rows: tuple[int, ...]) -> tuple[Prompts, list[tupl
     return Prompts.of(list(zip(caches, rows, strict=True))), [cache.upto(1, 0) for cache in caches]
 
 
+def test_whole_numbers_are_for_bidirectional_attention_only() -> None:
+    torch.manual_seed(0)
+    q, k, v = tensors(16, 16, 67, 67, 80)
+    exact, whole = Attention(), Attention("int8-qk")
+    assert torch.equal(whole(q, k, v, causal=True), exact(q, k, v, causal=True))
+    error = (whole(q, k, v) - exact(q, k, v)).norm() / exact(q, k, v).norm()
+    assert 1e-5 < error < 2e-2
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "flash-attn"])
 def test_rows_of_different_prompts_see_their_own_prefix_only(backend: str, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash())
@@ -115,7 +124,7 @@ def test_resolving_names_the_reason() -> None:
     assert resolve("auto", cpu, torch.float32) == Attention("sdpa")
     with pytest.raises(UnsupportedDeviceError, match="flash"):
         resolve("flash-attn", cpu, torch.bfloat16)
-    with pytest.raises(UsageError, match="choose from auto, sdpa"):
+    with pytest.raises(UsageError, match="choose from auto, sdpa, int8-qk"):
         resolve("magic", cpu, torch.bfloat16)
 
 

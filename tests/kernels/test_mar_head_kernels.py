@@ -10,7 +10,7 @@ from unipic_run.engine.layers.attention import Attention
 from unipic_run.engine.layers.qwen2 import Qwen2, Qwen2Config
 from unipic_run.engine.meter import Meter
 from unipic_run.engine.models.unipic.config import HeadConfig
-from unipic_run.engine.models.unipic.head import DiffusionHead
+from unipic_run.engine.models.unipic.head import CHUNK, DiffusionHead
 from unipic_run.engine.noise import PhiloxNoise, Stream
 from unipic_run.engine.schedules import ddpm_table
 from unipic_run.kernels import _device
@@ -97,7 +97,7 @@ class Denoised:
         self.noise = PhiloxNoise(seed).head_steps(0, self.positions, HEAD.channels, HEAD.steps)
         self.drawn = Drawn(seeds(seed).expand(3, 2), self.positions, Stream.HEAD_STEP)
 
-    def recorded(self, chunk: int | None = None) -> torch.Tensor:
+    def recorded(self, chunk: int = 1) -> torch.Tensor:
         return self.head.sample(self.z, self.start, self.noise, self.table, self.embedded, *SCALES, chunk)
 
     def replayed(self, chunks: list[int]) -> torch.Tensor:
@@ -142,7 +142,7 @@ def test_at_most_thirty_launches_a_denoising_step() -> None:
     how = {"device": "meta", "dtype": torch.int64}
     with torch.device("meta"):
         head = DiffusionHead(config).bfloat16().requires_grad_(False)
-    assert head.chunk_within(256 * 2**20, 2 * tokens) == steps
+    assert head.most_steps(2 * tokens) == CHUNK == steps
     table = ddpm_table(config.train_steps, config.steps, config.max_beta)
     drawn = Drawn(torch.empty(tokens, 2, **how), torch.empty(tokens, **how), Stream.HEAD_STEP)
     with torch.inference_mode():

@@ -17,6 +17,8 @@ from ...layers.linear import Linear, linear_add, linear_each, norm_linear
 from .config import HeadConfig
 
 NORM_EPS = 1e-6
+CHUNK = 5  # timesteps whose modulations are made at once where steps are launched or replayed: 30 launches a step
+CHUNK_BYTES = 2**28  # that these may take, anywhere
 
 
 def timestep_features(timesteps: Tensor, width: int) -> Tensor:
@@ -109,10 +111,10 @@ class DiffusionHead(nn.Module):
             h = block(h, next(modulations))
         return self.final(h, next(modulations))
 
-    def chunk_within(self, nbytes: int, rows: int) -> int:
-        """The most timesteps, at least one, whose modulations of so many rows fit these bytes."""
+    def most_steps(self, rows: int) -> int:
+        """The most timesteps, at least one, whose modulations of so many rows fit CHUNK_BYTES."""
         width, itemsize = self.config.width, self.input_proj.weight.element_size()
-        return max(1, nbytes // (rows * (3 * self.config.depth + 2) * width * itemsize))
+        return max(1, CHUNK_BYTES // max(1, rows * (3 * self.config.depth + 2) * width * itemsize))
 
     def sample(
         self,
@@ -128,12 +130,12 @@ class DiffusionHead(nn.Module):
         """Denoise N tokens; returns (N, C) float32.
 
         z (N, D), or (2N, D) with guidance; start (N, C) and noise (steps, N, C) float32; embedded = embed_steps(table).
-        Only the conditional state exists: the original's unconditional twin is never read. With `chunk`, the
-        modulations of so many timesteps are made at once, one product each: the same values, fewer and larger products.
+        Only the conditional state exists: the original's unconditional twin is never read. The modulations of `chunk`
+        timesteps, by default of as many as fit CHUNK_BYTES, are made at once: the same values, fewer larger products.
         """
         guided = z.shape[0] != start.shape[0]
         c = self.cond_embed(z)
-        x, chunk = start, chunk or 1
+        x, chunk = start, chunk or self.most_steps(len(z))
         for end in range(len(table), 0, -chunk):
             taken = range(max(0, end - chunk), end)
             y = F.silu(embedded[taken.start : end].flip(0)[:, None] + c)  # (steps, N or 2N, W)
@@ -145,8 +147,15 @@ class DiffusionHead(nn.Module):
                 x = ddpm_step(x, cond, uncond, drawn, table[i], guidance, temperature)
         return x
 
+    def sample_drawn(self, z: Tensor, start: Tensor, drawn: Drawn, table: Tensor, embedded: Tensor) -> Tensor:
+        """As `sample`, but noise is drawn where it is used, and table (T, 8) of `step_table` has all numbers."""
+        run, chunk = self.begin(z, start, drawn, table, embedded), min(CHUNK, self.most_steps(len(z)))
+        for left in range(len(table), 0, -chunk):
+            self.advance(run, min(chunk, left))
+        return run.x
+
     def begin(self, z: Tensor, start: Tensor, drawn: Drawn, table: Tensor, embedded: Tensor) -> Denoising:
-        """Ready for the first step; arguments as in `sample`, but noise is drawn where it is used."""
+        """Ready for the first step; arguments as in `sample_drawn`."""
         c = self.cond_embed(z)
         seen = start.to(c.dtype).repeat(len(z) // max(len(start), 1), 1)
         clock = torch.full((2,), len(table) - 1, device=start.device)

@@ -13,13 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ....kernels._op import launches
+from ....kernels.ddpm_step import GUIDANCE, Drawn, step_table
 from ....kernels.mar_tokens import select_tokens
+from ....kernels.philox import token_noise
 from ...kv_cache import KVCache, Prompts
 from ...layers.attention import Attention
 from ...layers.linear import Linear, logits
 from ...layers.qwen2 import Qwen2
 from ...layers.vae import VAEDecoder, VAEEncoder
-from ...noise import Noise
+from ...noise import Noise, Stream
 from ...schedules import Round, Rounds, ddpm_table, guidance_at
 from ...task import Batch, Task
 from ...tokens import Tokens
@@ -178,7 +181,10 @@ def new_cache(model: UniPic, capacity: int, like: Tensor, base: KVCache | None =
 
 
 class Sampler:
-    """What stays the same over the rounds of one batch: position tables, embedded timesteps, the noise table."""
+    """What stays the same over the rounds of one batch: position tables, embedded timesteps, the noise schedule.
+
+    On a CPU the noise of all steps is made in one pass, which is faster there; recorded noise is in memory anyway.
+    """
 
     def __init__(self, model: UniPic, conditions: Conditions, task: Task, noises: Sequence[Noise]) -> None:
         self.model, self.task, self.noises = model, task, noises
@@ -186,6 +192,11 @@ class Sampler:
         self.copies = len(self.prompts.prefix_of) // len(noises)  # 2 with guidance
         self.table = ddpm_table(head.train_steps, head.steps, head.max_beta)
         self.steps = model.head.embed_steps(self.table)
+        self.keys: Tensor | None = None  # (B, 2) int64 of the images' seeds, where kernels draw the noise
+        if launches(self.steps) and all(noise.key for noise in noises):
+            device = self.steps.device
+            self.keys = torch.tensor([noise.key for noise in noises], device=device)
+            self.coefficients = step_table(self.table, task.guidance, task.temperature).to(device)
         self.encoder_positions = model.mar_encoder.positions(task.rows, task.columns)
         self.decoder_positions = model.mar_decoder.positions(task.rows, task.columns)
         edited = conditions.source if task.kind == "edit" else None
@@ -211,16 +222,25 @@ class Sampler:
 
     def denoise(self, z: Tensor, plan: Round) -> Tensor:
         """Latents (B, N, 16) float32 of the predicted tokens, from conditions z (R, N, D)."""
-        batch, count = plan.predicted.shape
+        guidance = guidance_at(self.task.cfg_schedule, self.task.guidance, plan.left)
+        how = self.recorded if self.keys is None else self.drawn
+        return how(z.flatten(0, 1), plan, guidance).view(*plan.predicted.shape, -1)
+
+    def recorded(self, z: Tensor, plan: Round, guidance: float) -> Tensor:
+        """With all noise in memory beforehand; z (R N, D), returns (B N, 16)."""
         channels, steps = self.model.config.head.channels, len(self.table)
         pairs = list(zip(self.noises, plan.predicted, strict=True))
         start = torch.cat([noise.head_start(plan.index, at, channels) for noise, at in pairs])
         noise = torch.cat([noise.head_steps(plan.index, at, channels, steps) for noise, at in pairs], dim=1)
-        guidance = guidance_at(self.task.cfg_schedule, self.task.guidance, plan.left)
-        sampled = self.model.head.sample(
-            z.flatten(0, 1), start, noise, self.table, self.steps, guidance, self.task.temperature
-        )
-        return sampled.view(batch, count, channels)
+        return self.model.head.sample(z, start, noise, self.table, self.steps, guidance, self.task.temperature)
+
+    def drawn(self, z: Tensor, plan: Round, guidance: float) -> Tensor:
+        """The same with noise that kernels draw where they use it."""
+        key, position = self.keys.repeat_interleave(plan.predicted.shape[1], dim=0), plan.predicted.flatten()
+        start = token_noise(key, position, Stream.HEAD_START, 1, self.model.config.head.channels)[0]
+        self.coefficients[:, GUIDANCE].fill_(guidance)
+        drawn = Drawn(key, position, Stream.HEAD_STEP)
+        return self.model.head.sample_drawn(z, start, drawn, self.coefficients, self.steps)
 
 
 def sample(model: UniPic, conditions: Conditions, task: Task, batch: Batch, rounds: Rounds) -> Iterator[Tensor]:
