@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under 9 minutes: tests marked gpu, every operator, parity, full-size latency and peak memory.
+# Everything that needs a GPU, in under 9 minutes: tests marked gpu, every operator, parity, full-size latency in bf16, int8
+# and without our kernels, and peak memory.
 #   OUT=/tmp/results bash bench/gpu_check.sh        PYTHON=/path/to/python OUT=... bash bench/gpu_check.sh
 # Installs nothing: the checkout is imported as it lies there. Every part has its own time limit and a failing one does
 # not stop the others. Writes a log a part and one <card>-<date>.json into OUT (default bench/results).
@@ -39,13 +40,16 @@ part() {
   ((status == 0)) || failed=1
 }
 
-part environment 40 "$PYTHON" -c 'import sys; from unipic_run.cli import main; sys.exit(main())' doctor --json
-if command -v nvidia-smi >/dev/null; then part nvidia-smi 20 nvidia-smi -q; fi
-part gpu-tests 90 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/gpu
-part ops 130 "$PYTHON" bench/ops.py
-part parity 70 "$PYTHON" bench/parity.py tests/data/goldens/unipic1 --checkpoint tests/data/unipic-tiny --device "$device"
-part latency 120 "${latency[@]}" --vram-cap 15
-part batch-of-4 60 "${latency[@]}" --tasks gen --batch 4
+part environment 20 "$PYTHON" -c 'import sys; from unipic_run.cli import main; sys.exit(main())' doctor --json
+if command -v nvidia-smi >/dev/null; then part nvidia-smi 10 nvidia-smi -q; fi
+part gpu-tests 80 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/gpu
+part ops 105 "$PYTHON" bench/ops.py
+part parity 45 "$PYTHON" bench/parity.py tests/data/goldens/unipic1 --checkpoint tests/data/unipic-tiny --device "$device"
+part latency 75 "${latency[@]}" --vram-cap 15
+part bf16 55 "${latency[@]}" --tasks gen --repeat 2 --plan
+part int8 55 "${latency[@]}" --tasks gen --repeat 2 --plan --quant int8 --attn int8-qk
+part torch-only 45 env UNIPIC_RUN_TRITON=0 "${latency[@]}" --tasks gen
+part batch-of-4 40 "${latency[@]}" --tasks gen --batch 4
 
 "$PYTHON" bench/gpu_summary.py "$work/parts.tsv" "$OUT" || failed=1
 exit "$failed"

@@ -4,7 +4,9 @@
     python bench/latency.py --model DIR --res 1024 --tasks gen,ask --repeat 3
 
 --random-weights builds the released architecture (or that of a checkpoint folder) without any weights file. One line
-a task, one JSON line last. Medians over --repeat runs, after a warm-up run when there is more than one.
+a task, one JSON line last. Medians over --repeat runs, after a warm-up run when there is more than one. With --plan the
+JSON also has what the dry run says of FLOP, bytes and launches and, on a GPU, the share of the rate of a large matrix
+product in the same run that each stage reached.
 """
 
 import argparse
@@ -24,6 +26,8 @@ import torch
 from PIL import Image
 from unipic_run import __version__
 from unipic_run.bench.checkout import require_this_checkout
+from unipic_run.bench.ops import product_rate
+from unipic_run.bench.planned import plan_of, report
 from unipic_run.bench.random_model import random_engine
 from unipic_run.engine.device import as_device, dtype_name, memory_peak, reset_memory_peak
 from unipic_run.engine.engine import Engine
@@ -32,6 +36,7 @@ from unipic_run.engine.request import Event
 
 TOKENIZER = Path("tests/data/unipic-tiny/Qwen2.5-1.5B-Instruct/tokenizer.json")
 TASKS = ("gen", "edit", "ask")
+KINDS = {"gen": "generate", "edit": "edit"}  # of those that make pictures
 PROMPT = "a red fox in deep snow at night"
 QUESTION = "What is in the picture?"
 Stages = dict[str, float]  # milliseconds
@@ -48,7 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.simplefilter("ignore", UnipicWarning)
         summary = describe(options, engine)
         for task in options.tasks:
-            summary["tasks"][task] = measure(engine, lambda task=task: run(engine, task, options), options.repeat)
+            found = measure(engine, lambda task=task: run(engine, task, options), options.repeat)
+            if options.plan and task in KINDS:
+                found["plan"] = planned(engine, task, options, found["milliseconds"])
+            summary["tasks"][task] = found
             if not options.json:
                 print(line(task, summary["tasks"][task]), flush=True)
     summary["peak_rss_bytes"] = memory_peak(torch.device("cpu"))
@@ -69,6 +77,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
     parser.add_argument("--attn", default="auto", help="attention backend")
+    parser.add_argument("--quant", default="none", choices=["none", "int8"])
+    parser.add_argument("--plan", action="store_true", help="also what the dry run says of pictures")
     parser.add_argument("--vram-cap", type=float, metavar="GIB", help="fail instead of reserving more on the GPU")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     return parser.parse_args(arguments)
@@ -83,10 +93,10 @@ def task_list(text: str) -> tuple[str, ...]:
 
 def load(options: argparse.Namespace, root: Path) -> Engine:
     if options.random_weights:
-        return random_engine(options.model, root / TOKENIZER, options.device, options.dtype, options.attn)
-    return Engine.from_pretrained(
-        options.model, device=options.device, dtype=options.dtype, attention=options.attn, say=complain
-    )
+        how = (options.device, options.dtype, options.attn, options.quant)
+        return random_engine(options.model, root / TOKENIZER, *how)
+    how = {"device": options.device, "dtype": options.dtype, "attention": options.attn, "quant": options.quant}
+    return Engine.from_pretrained(options.model, **how, say=complain)
 
 
 def complain(sentence: str) -> None:
@@ -106,6 +116,7 @@ def describe(options: argparse.Namespace, engine: Engine) -> dict[str, Any]:
         "new_tokens": options.new_tokens,
         "repeat": options.repeat,
         "dtype": dtype_name(engine.dtype),
+        "quant": engine.quant,
         "attention": engine.attention,
         "device": str(engine.device),
         "device_name": torch.cuda.get_device_name(engine.device) if cuda else platform.machine(),
@@ -134,6 +145,16 @@ def measure(engine: Engine, once: Callable[[], tuple[Stages, list[float]]], repe
     stages = {name: statistics.median(run[name] for run in runs) for name in runs[0] if name != "rounds"}
     rounds = [statistics.median(times) for times in zip(*(run["rounds"] for run in runs), strict=True)]
     return {"milliseconds": stages, "round_milliseconds": rounds, "memory": memory(engine.device)}
+
+
+def planned(engine: Engine, task: str, options: argparse.Namespace, milliseconds: Stages) -> dict[str, Any]:
+    """The dry run of a task beside its times."""
+    plan = plan_of(engine, KINDS[task], PROMPT, options.res, options.iters, options.batch)
+    cuda = engine.device.type == "cuda"
+    with torch.inference_mode():
+        rate = product_rate("int8" if engine.quant == "int8" else options.dtype, repeat=5) if cuda else None
+    name = torch.cuda.get_device_name(engine.device) if cuda else ""
+    return report(plan, options.iters, milliseconds, name, rate)
 
 
 def memory(device: torch.device) -> dict[str, int | None]:

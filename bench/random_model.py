@@ -12,7 +12,9 @@ from unipic_run.engine.layers.attention import resolve
 from unipic_run.engine.layers.qwen2 import Qwen2Config
 from unipic_run.engine.layers.vae import VAEConfig
 from unipic_run.engine.models.unipic.config import HeadConfig, MarConfig, UniPicConfig
+from unipic_run.engine.plan import shapes
 from unipic_run.engine.tokens import Tokens
+from unipic_run.quant.int8 import Int8Linear
 
 NEVER = -1  # an end token no answer has, so that every answer has the length that was asked for
 
@@ -48,16 +50,17 @@ def architecture(model: str) -> UniPicConfig:
     return families.read(folder)[1]
 
 
-def random_engine(model: str, tokenizer: Path, device: str, dtype: str, attention: str = "auto") -> Engine:
+def random_engine(
+    model: str, tokenizer: Path, device: str, dtype: str, attention: str = "auto", quant: str = "none"
+) -> Engine:
     """An engine of the architecture `model`, with any small tokenizer in place of its own."""
     place, precision, family = as_device(device), DTYPES[dtype], families.model("unipic")
     tokens, config = any_tokens(tokenizer, family.IMAGE), architecture(model)
     config = replace(config, image_token=tokens.tokenizer.token_to_id(family.IMAGE), eos_token=NEVER)
-    with torch.device("meta"):
-        module = family.build(config, resolve(attention, place, precision))
-    module = module.to(precision).to_empty(device=place).requires_grad_(False).eval()
+    module = shapes(family, config, families.recipe("unipic", quant), precision, resolve(attention, place, precision))
+    module = module.to_empty(device=place).requires_grad_(False).eval()
     fill(module)
-    return Engine(family, module, tokens, f"{model} with random weights")
+    return Engine(family, module, tokens, f"{model} with random weights", quant)
 
 
 def any_tokens(tokenizer: Path, image_text: str) -> Tokens:
@@ -76,3 +79,7 @@ def fill(module: nn.Module) -> None:
             parameter.normal_(0, 0.02, generator=generator)
         else:
             parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+    for layer in module.modules():
+        if isinstance(layer, Int8Linear):
+            layer.weight.random_(-127, 128, generator=generator)
+            layer.scale.fill_(0.02 / 73)  # whole numbers spread evenly up to 127 deviate by 73

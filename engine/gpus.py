@@ -91,12 +91,12 @@ _CARDS = (
     Card("h200", ("NVIDIA H200",), 90, 132, 141 * 10**9, 989.0, 1979.0, 4800),
 )
 CARDS = {card.name: card for card in _CARDS}
-_BY_DEVICE = {name: card for card in _CARDS for name in card.device_names}
+DEVICE_NAMES = {name: card for card in _CARDS for name in card.device_names}
 
 
 def card(name: str) -> Card:
     """By short name (rtx4090, in any case) or by the name torch gives a device. Raises ValueError."""
-    found = _BY_DEVICE.get(name) or CARDS.get(name.lower().replace(" ", ""))
+    found = DEVICE_NAMES.get(name) or CARDS.get(name.lower().replace(" ", ""))
     if found is None:
         raise ValueError(f"nothing is known about a card called {name!r:.80}: known are {', '.join(CARDS)}")
     return found

@@ -6,7 +6,8 @@ from typing import Any
 
 from PIL import Image
 
-from .errors import UsageError
+from .device import dtype_name
+from .errors import UnsupportedDeviceError, UsageError
 from .loaded import Loaded
 from .noise import Noise, PhiloxNoise
 from .picture import to_images
@@ -65,8 +66,12 @@ def make_images(
                 on_event(replace(event, done=first, total=len(jobs), previews=previews, settings=settings))
 
         batch = Batch([job.prompt for job in part], [job.noise for job in part])
-        levels, reuse = run_batch(loaded, task, batch, reuse, clock, Watch(tell, cancel, sampling.preview_every))
-        done = [finish(image) for image in to_images(levels)]
+        made = run_batch(loaded, task, batch, reuse, clock, Watch(tell, cancel, sampling.preview_every))
+        if not made.finite:
+            what = f"the picture has values that are not numbers in {dtype_name(loaded.dtype)}"
+            raise UnsupportedDeviceError(what, "use dtype bf16 or fp32")
+        reuse = made.conditions
+        done = [finish(image) for image in to_images(made.levels)]
         tell(Event("decode", images=tuple(done)))
         images += done
     return images

@@ -16,6 +16,7 @@ class Verbs(Protocol):
 
     IMAGE: str  # the placeholder of image features in a prompt
     needs: Mapping[str, Sequence[str]]  # stage -> the parts of the model it runs
+    repeated: tuple[str, str]  # (part, method) whose cost depends on nothing but shapes, and that runs very often
 
     def build(self, config: Any, attend: Attention | None = None) -> nn.Module: ...
 

@@ -4,6 +4,7 @@ CUDA runs Triton, the meta device only notes what would be launched, everything 
 own dtype. So do inputs that want a gradient and, after one warning, operators whose kernels cannot be compiled here.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor
 
 try:
+    if os.environ.get("UNIPIC_RUN_TRITON") == "0":
+        raise ImportError("switched off")
     import triton
     import triton.language as tl
 
     HAS_TRITON = True
-except ImportError:  # Windows and macOS
+except ImportError:  # Windows and macOS, or UNIPIC_RUN_TRITON=0 for a comparison with torch
     HAS_TRITON = False
 
     class _Absent:

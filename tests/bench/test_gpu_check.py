@@ -41,9 +41,9 @@ def test_a_dry_run_reaches_every_part(tmp_path, uninstalled):
     done = subprocess.run(["bash", SCRIPT], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     (summary,) = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json"))
     parts = summary["parts"]
-    assert {"environment", "gpu-tests", "ops", "parity", "latency", "batch-of-4"} <= set(parts)
+    assert {"environment", "gpu-tests", "ops", "parity", "latency", "int8", "torch-only", "batch-of-4"} <= set(parts)
     assert parts["parity"]["result"]["passed"] and parts["latency"]["result"]["tasks"].keys() == {"gen", "edit", "ask"}
-    assert parts["batch-of-4"]["result"]["batch"] == 4
+    assert parts["batch-of-4"]["result"]["batch"] == 4 and parts["int8"]["result"]["quant"] == "int8"
     assert "skipped" in (tmp_path / "out" / "gpu-tests.log").read_text()
     failed = {name for name, part in parts.items() if part["status"]}
     assert (done.returncode != 0) == bool(failed) and failed <= {"environment"}, done.stdout

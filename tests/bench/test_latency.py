@@ -29,6 +29,18 @@ def test_measures_every_task(tiny_release, tmp_path, monkeypatch, capsys, weight
     assert summary["versions"]["torch"] == torch.__version__
 
 
+def test_tells_what_the_dry_run_foresees_in_int8_too(tiny_release, capsys):
+    arguments = ["--model", str(tiny_release), *QUICK, "--random-weights", "--tasks", "gen,edit", "--json", "--plan"]
+    assert latency.main([*arguments, "--quant", "int8"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["quant"] == "int8"
+    for task in summary["tasks"].values():
+        found = task["plan"]
+        assert set(found["stages"]) == {"condition", "sample", "decode"} <= set(task["milliseconds"])
+        assert all(stage["flop"] > 0 and stage["launches"] > 0 for stage in found["stages"].values())
+        assert found["launches_a_round"] == found["stages"]["sample"]["launches"] / 2
+
+
 def test_random_answers_have_the_asked_length(tiny_release, capsys):
     arguments = ["--model", str(tiny_release), *QUICK, "--random-weights", "--tasks", "ask", "--json"]
     assert latency.main([*arguments, "--repeat", "2"]) == 0

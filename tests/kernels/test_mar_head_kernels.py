@@ -142,7 +142,7 @@ def test_at_most_thirty_launches_a_denoising_step() -> None:
     how = {"device": "meta", "dtype": torch.int64}
     with torch.device("meta"):
         head = DiffusionHead(config).bfloat16().requires_grad_(False)
-    assert head.most_steps(2 * tokens) == CHUNK == steps
+    assert min(CHUNK, head.most_steps(2 * tokens)) == steps
     table = ddpm_table(config.train_steps, config.steps, config.max_beta)
     drawn = Drawn(torch.empty(tokens, 2, **how), torch.empty(tokens, **how), Stream.HEAD_STEP)
     with torch.inference_mode():

@@ -1,11 +1,16 @@
-"""Kernel files where there is no Triton: they import, and plain torch does the work."""
+"""Kernel files where there is no Triton, or it is switched off: they import, and plain torch does the work."""
 
+import os
 import subprocess
 import sys
 
-CODE = """
+import pytest
+
+ABSENT = """
 import sys
 sys.modules["triton"] = None
+"""
+CODE = """
 import torch
 from unipic_run import Engine
 from unipic_run.engine.models.unipic import model
@@ -18,6 +23,9 @@ torch.testing.assert_close(plain, torch.nn.functional.layer_norm(x, (8,), eps=1e
 """
 
 
-def test_kernels_import_and_torch_works(tmp_path):
-    done = subprocess.run([sys.executable, "-c", CODE], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+@pytest.mark.parametrize(("before", "switch"), [(ABSENT, "1"), ("", "0")], ids=["absent", "switched off"])
+def test_kernels_import_and_torch_works(tmp_path, before, switch):
+    environment = os.environ | {"UNIPIC_RUN_TRITON": switch}
+    command = [sys.executable, "-c", before + CODE]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from ...layers.linear import Linear, linear_add, linear_each, norm_linear
 from .config import HeadConfig
 
 NORM_EPS = 1e-6
-CHUNK = 5  # timesteps whose modulations are made at once where steps are launched or replayed: 30 launches a step
+CHUNK = 10  # timesteps whose modulations are made at once, at most, where steps are launched or replayed
 CHUNK_BYTES = 2**28  # that these may take, anywhere
 
 

@@ -1,0 +1,124 @@
+"""What a request needs, before anything loads: the real pipeline on the meta device, counted by a meter.
+
+    model = shapes(family, config, recipe, torch.bfloat16, Attention())
+    plan = dry_run(Loaded(family, model, tokens), task, batch)
+    plan.stages["sample"].launches, plan.seconds(gpus.card("rtx4090"))
+
+Counts are those of the Triton path whatever this machine has. A picture at 1024x1024 in 32 rounds takes some seconds
+of one CPU core: every round is run, but of its denoising steps only one chunk of each shape.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quant.recipe import Recipe
+from . import weights
+from .gpus import Card
+from .layers.attention import Attention
+from .loaded import Loaded
+from .meter import Call, Meter
+from .request import CancelToken
+from .run import Watch, run_batch
+from .task import Batch, Task
+from .verbs import Verbs
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Totals of one stage; `peak_bytes` is what lives beside the weights."""
+
+    peak_bytes: int
+    flop: int
+    nbytes: int
+    launches: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`parts`: bytes of each part's weights. `calls`: every operation, and how often."""
+
+    stages: dict[str, Stage]
+    parts: dict[str, int]
+    calls: Counter[Call]
+
+    def seconds(self, card: Card) -> dict[str, float]:
+        """The roofline of each stage: the sum over its operations of arithmetic or memory, and of their launches."""
+        found = dict.fromkeys(self.stages, 0.0)
+        for call, times in self.calls.items():
+            one = card.seconds(call.kind, call.precision, call.flop, call.nbytes, call.launches)
+            found[call.stage] += times * one
+        return found
+
+
+def shapes(family: Verbs, config: Any, recipe: Recipe, dtype: torch.dtype, attend: Attention) -> nn.Module:
+    """The model without its values. Raises UsageError for a recipe whose sizes do not fit."""
+    return weights.prepared(partial(family.build, config, attend), recipe).to(dtype)
+
+
+def dry_run(loaded: Loaded, task: Task, batch: Batch) -> Plan:
+    """The plan of one batch of pictures. `loaded.model` and the task's pixels are on the meta device."""
+    meter, model = Meter(), loaded.model
+    watch = Watch(lambda event: None, CancelToken(), preview_every=0)
+    part, method = loaded.family.repeated
+    with torch.inference_mode(), once(meter, getattr(model, part), method), meter:
+        run_batch(loaded, task, batch, None, StageClock(meter), watch)
+    totals = {stage: meter.total(stage=stage) for stage in meter.peaks if stage}
+    stages = {name: Stage(meter.peaks[name], t.flop, t.nbytes, t.launches) for name, t in totals.items()}
+    return Plan(stages, {name: nbytes(child) for name, child in model.named_children()}, meter.calls)
+
+
+def nbytes(module: nn.Module) -> int:
+    """Of all parameters and buffers."""
+    return sum(x.numel() * x.element_size() for x in (*module.parameters(), *module.buffers()))
+
+
+class StageClock:
+    """In place of the pipeline's clock: tells the meter which stage it is in."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter, self.device = meter, META
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.meter.stage = name
+        yield
+
+
+@contextmanager
+def once(meter: Meter, owner: nn.Module, method: str) -> Iterator[None]:
+    """Inside, calls of the method with equal shapes run once and are counted every time; it must return nothing."""
+    known: dict[Any, Counter[Call]] = {}
+    run: Callable[..., None] = getattr(owner, method)
+
+    def counted(*arguments: Any) -> None:
+        key = meter.stage, *map(outline, arguments)
+        if key in known:
+            meter.calls.update(known[key])
+            return
+        before = meter.calls.copy()
+        run(*arguments)
+        known[key] = meter.calls - before
+
+    setattr(owner, method, counted)
+    try:
+        yield
+    finally:
+        delattr(owner, method)
+
+
+def outline(x: Any) -> Any:
+    """An argument without the values of its tensors."""
+    if isinstance(x, Tensor):
+        return x.shape, x.dtype
+    if is_dataclass(x):
+        return tuple(outline(getattr(x, field.name)) for field in fields(x))
+    return tuple(map(outline, x)) if isinstance(x, tuple) else x

@@ -1,0 +1,54 @@
+"""The dry run: equal to a run that counts every step, and the released model's figures."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from unipic_run.bench.random_model import any_tokens, architecture, released_architecture
+from unipic_run.engine import families, gpus
+from unipic_run.engine.layers.attention import Attention
+from unipic_run.engine.loaded import Loaded
+from unipic_run.engine.meter import Meter
+from unipic_run.engine.noise import PhiloxNoise
+from unipic_run.engine.plan import StageClock, dry_run, nbytes, shapes
+from unipic_run.engine.request import CancelToken
+from unipic_run.engine.run import Watch, run_batch
+from unipic_run.engine.task import Batch, Task
+
+BATCH = Batch(["a red fox in the snow"], [PhiloxNoise(1)])
+
+
+@pytest.fixture(scope="module")
+def load(tiny_release):
+    """A model on the meta device, by its configuration."""
+    family = families.model("unipic")
+    tokens = any_tokens(tiny_release / "Qwen2.5-1.5B-Instruct" / "tokenizer.json", family.IMAGE)
+
+    def get(config, scheme="none", attention="sdpa"):
+        recipe = families.recipe("unipic", scheme)
+        return Loaded(family, shapes(family, config, recipe, torch.bfloat16, Attention(attention)), tokens)
+
+    return get
+
+
+def test_steps_that_are_counted_once_count_as_often_as_they_run(load, tiny_release) -> None:
+    config = architecture(str(tiny_release))
+    loaded = load(replace(config, head=replace(config.head, steps=25)))
+    task = Task("generate", 4, 4, steps=3, guidance=3.0, cfg_schedule="constant", temperature=1.0)
+    plan, meter = dry_run(loaded, task, BATCH), Meter()
+    with torch.inference_mode(), meter:
+        run_batch(loaded, task, BATCH, None, StageClock(meter), Watch(lambda event: None, CancelToken(), 0))
+    assert plan.calls == meter.calls and plan.stages["sample"].peak_bytes == meter.peaks["sample"]
+    assert loaded.model.head.advance.__func__ is type(loaded.model.head).advance
+    assert plan.parts["llm"] == nbytes(loaded.model.llm) > 0
+    seconds = plan.seconds(gpus.card("rtx4090"))
+    assert set(seconds) == set(plan.stages) == {"condition", "sample", "decode"} and min(seconds.values()) > 0
+
+
+def test_a_picture_of_the_released_model_within_its_figures(load) -> None:
+    task = Task("generate", 64, 64, steps=32, guidance=3.0, cfg_schedule="constant", temperature=1.0)
+    plan = dry_run(load(released_architecture()), task, BATCH)
+    sample = plan.stages["sample"]
+    assert 860e12 < sample.flop < 880e12, "875 TFLOP are the least there is to do"
+    assert sum(stage.launches for stage in plan.stages.values()) <= 120_000
+    assert sum(plan.seconds(gpus.card("rtx4090")).values()) <= 6.8
