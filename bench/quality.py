@@ -1,7 +1,7 @@
 """The pocket model's score: GenEval's categories on held-out prompts, edits and questions.
 
-    python bench/quality.py [--dtype bf16] [--iters 8] [--cfg 3]     100 tests a category
-    python bench/quality.py --quick                                  about a minute, against the stored baseline
+    python bench/quality.py [--dtype bf16] [--quant int8] [--iters 8] [--cfg 3]     100 tests a category
+    python bench/quality.py --quick                                 about a minute, against the stored baseline
 
 A fixed seed decides what is asked and every picture's noise. Shares come with 95 % Wilson intervals. Writes the worst
 failures to a contact sheet; one JSON line last. With --quick the exit status is 1 when a score is below the lower end
@@ -38,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     baseline = root / "bench" / "baselines" / "quality-quick.json"
     start = time.perf_counter()
-    with Engine.from_pretrained(options.model, device=options.device, dtype=options.dtype, say=complain) as engine:
+    loading = {name: getattr(options, name) for name in ("device", "dtype", "quant", "attention")}
+    with Engine.from_pretrained(options.model, **loading, say=complain) as engine:
         how = Sampling(steps=options.iters, guidance=options.cfg)
         outcomes = sit_exam(engine, draw_exam(options.each, options.seed), how, options.seed)
         summary = describe(options, engine)
@@ -69,6 +70,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cfg", type=float, help="guidance (default the model's)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
+    parser.add_argument("--quant", choices=["none", "int8", "bnb8", "nf4"], help="by default as it is stored")
+    parser.add_argument("--attn", dest="attention", default="auto", help="attention backend")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="save the worst failures")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
@@ -95,6 +98,8 @@ def describe(options: argparse.Namespace, engine: Engine) -> dict[str, Any]:
         "cfg": engine.config.guidance if options.cfg is None else options.cfg,
         "head_steps": engine.config.head.steps,
         "dtype": dtype_name(engine.dtype),
+        "quant": engine.quant,
+        "attention": engine.attention,
         "device": str(engine.device),
         "versions": {"unipic_run": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }

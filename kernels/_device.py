@@ -40,6 +40,25 @@ def activate(x, GELU: tl.constexpr, GELU_TANH: tl.constexpr, SILU: tl.constexpr)
 
 
 @triton.jit
+def moments(row_ptr, inside, K: tl.constexpr, BLOCK_M: tl.constexpr, STAT: tl.constexpr):
+    """Mean and variance of rows of K values, each (BLOCK_M) float32; the second read comes from a cache."""
+    total = tl.zeros([BLOCK_M, STAT], tl.float32)
+    for start in tl.range(0, K, STAT, loop_unroll_factor=4):
+        col = start + tl.arange(0, STAT)
+        there = inside[:, None] & (col < K)[None, :]
+        total += tl.load(row_ptr[:, None] + col[None, :], mask=there, other=0.0).to(tl.float32)
+    mean = tl.sum(total, axis=1) / K
+    total = tl.zeros([BLOCK_M, STAT], tl.float32)
+    for start in tl.range(0, K, STAT, loop_unroll_factor=4):
+        col = start + tl.arange(0, STAT)
+        there = inside[:, None] & (col < K)[None, :]
+        x = tl.load(row_ptr[:, None] + col[None, :], mask=there, other=0.0).to(tl.float32)
+        x = tl.where(there, x - mean[:, None], 0.0)
+        total += x * x
+    return mean, tl.sum(total, axis=1) / K
+
+
+@triton.jit
 def philox(k0, k1, c0, c1, c2, c3):
     """Philox 4x32-10 as in kernels/philox.py, on uint32: four random words for a key and a counter."""
     for _ in tl.static_range(10):

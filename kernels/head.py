@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._device import activate
+from ._device import activate, moments
 from ._op import Case, Cost, Operator, launch, tl, triton
 from .linear import linear
 
@@ -26,25 +26,6 @@ def modulated_linear_ref(h, shift, scale, norm_weight, norm_bias, eps, weight, b
 
 def gated_linear_ref(u, weight, bias, gate, h) -> Tensor:
     return h + gate * linear(u, weight, bias)
-
-
-@triton.jit
-def _moments(row_ptr, inside, K: tl.constexpr, BLOCK_M: tl.constexpr, STAT: tl.constexpr):
-    """Mean and variance of rows of K values, (BLOCK_M) float32; the second read comes from a cache."""
-    total = tl.zeros([BLOCK_M, STAT], tl.float32)
-    for start in tl.range(0, K, STAT, loop_unroll_factor=4):
-        col = start + tl.arange(0, STAT)
-        there = inside[:, None] & (col < K)[None, :]
-        total += tl.load(row_ptr[:, None] + col[None, :], mask=there, other=0.0).to(tl.float32)
-    mean = tl.sum(total, axis=1) / K
-    total = tl.zeros([BLOCK_M, STAT], tl.float32)
-    for start in tl.range(0, K, STAT, loop_unroll_factor=4):
-        col = start + tl.arange(0, STAT)
-        there = inside[:, None] & (col < K)[None, :]
-        x = tl.load(row_ptr[:, None] + col[None, :], mask=there, other=0.0).to(tl.float32)
-        x = tl.where(there, x - mean[:, None], 0.0)
-        total += x * x
-    return mean, tl.sum(total, axis=1) / K
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -73,7 +54,7 @@ def _modulated_linear_kernel(
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
-    mean, variance = _moments(h_ptr + row * h_stride, inside, K, BLOCK_M, STAT)
+    mean, variance = moments(h_ptr + row * h_stride, inside, K, BLOCK_M, STAT)
     inverse = tl.rsqrt(variance + eps)
     y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -263,7 +244,7 @@ def modulated_linear_cases() -> list[Case]:
         return arguments
 
     return [
-        *(Case(f"{rows} rows of a block", make(rows, 1536, 1536), "aot gpu") for rows in (10, 20, 100, 402)),
+        *(Case(f"{rows} rows of a block", make(rows, 1536, 1536), "aot gpu") for rows in (10, 20, 40, 100, 200, 402)),
         *(Case(f"{rows} rows of the final layer", make(rows, 1536, 32, False), "aot gpu") for rows in (10, 402)),
         *(Case(f"{n} rows in float32", make(n, 1536, 1536, dtype=torch.float32), "aot gpu") for n in (20, 100, 402)),
         Case("few rows, odd widths", make(5, 150, 37, dtype=torch.float32)),
@@ -284,7 +265,7 @@ def gated_linear_cases() -> list[Case]:
         return arguments
 
     return [
-        *(Case(f"{rows} rows of a block", make(rows, 1536, 1536), "aot gpu") for rows in (10, 20, 100, 402)),
+        *(Case(f"{rows} rows of a block", make(rows, 1536, 1536), "aot gpu") for rows in (10, 20, 40, 100, 200, 402)),
         *(Case(f"{n} rows in float32", make(n, 1536, 1536, torch.float32), "aot gpu") for n in (20, 100, 402)),
         Case("few rows, odd widths", make(5, 150, 37, torch.float32)),
         Case("a few more", make(33, 72, 40)),

@@ -28,10 +28,13 @@ class Recipe:
     scheme: str
     modules: tuple[str, ...] = ()
     rotation: Rotation | None = None
+    rotated_inputs: tuple[str, ...] = ()  # of the modules in int8, those that rotate their inputs (quant/int8.py)
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
             raise ValueError(f"scheme {self.scheme!r} is none of {', '.join(SCHEMES)}")
+        if self.rotated_inputs and self.scheme != "int8":
+            raise ValueError(f"only int8 rotates inputs, and {self.rotated_inputs} are to be {self.scheme}")
 
 
 NONE = Recipe("none")

@@ -73,7 +73,7 @@ class Shards:
             raise self._corrupt(f"{self.folder} mixes schemes ({str(said)[:300]}), and a checkpoint has one")
         if first not in ({}, INT8):
             what = f"{self.folder} is stored as {str(first)[:100]}, and this version reads {INT8} or neither"
-            raise CorruptWeightsError(what, "update unipic-run")
+            raise CorruptWeightsError(what, "convert the original checkpoint again, or update unipic-run")
         return first.get("quant", "none")
 
     def _corrupt(self, what: str) -> CorruptWeightsError:

@@ -2,6 +2,7 @@
 
 Models see floating tensors only. `norm_linear` and `linear_add` look at the type of the layer: for an int8 one the norm
 or the activation in front of it makes the whole numbers, and gate and residual are added where its product is made.
+In a diffusion head, where every one of few rows has its own modulation and gate, either is one launch with its product.
 Anything else that is a module, such as a layer of bitsandbytes, is called as it is.
 """
 
@@ -11,15 +12,16 @@ from torch import Tensor, nn
 
 from ...kernels.gate import gated_add, swiglu
 from ...kernels.head import gated_linear, modulated_linear
+from ...kernels.head_int8 import gated_linear_int8, modulated_linear_int8
 from ...kernels.linear import conv2d, linear
 from ...kernels.norms import norm as norm_op
 from ...kernels.norms import norm_int8
-from ...kernels.quantise import activated, quantise
+from ...kernels.quantise import activated, quantise, rotated
 from ...quant.int8 import ALL, Int8Linear
 from ...quant.rotate import RotatedEmbedding
 
 Modulation = tuple[Tensor, Tensor]  # shift, scale (M, D), each row for N / M rows
-FUSED_ROWS = 512  # up to here kernels/head.py has one launch for two or three; heuristic, never measured
+FUSED_ROWS = 512  # up to here kernels/head*.py have one launch for two or three; heuristic, never measured
 
 
 class Linear(nn.Linear):
@@ -47,12 +49,15 @@ def norm_linear(
     """
     weight, bias = norm.weight, getattr(norm, "bias", None)
     how = (x, weight, bias, *(modulation or (None, None)), norm.eps, not isinstance(norm, nn.LayerNorm))
-    if isinstance(layer, Int8Linear):
+    if modulation and act in ("none", "silu") and rows == ALL and _fuses(layer, x, modulation[0]):
+        fused = (x, *modulation, weight, bias, norm.eps)
+        if isinstance(layer, Int8Linear):  # the fewest rows as well, though it rounds them: one launch, not two
+            return modulated_linear_int8(*fused, *layer.part(ALL), act == "silu")
+        return modulated_linear(*fused, layer.weight, layer.bias, act == "silu")
+    if isinstance(layer, Int8Linear) and layer.group == 1:
         if layer.few(x):
             return layer.of_values(norm_op(*how), rows, activation=act)
         return layer.of_whole(*norm_int8(*how), x.dtype, rows, activation=act)
-    if modulation and act in ("none", "silu") and rows == ALL and _fuses(layer, x, modulation[0]):
-        return modulated_linear(x, *modulation, weight, bias, norm.eps, layer.weight, layer.bias, act == "silu")
     return _activated(_outputs(layer, norm_op(*how), rows), act)
 
 
@@ -60,8 +65,11 @@ def linear_add(x: Tensor, layer: nn.Module, residual: Tensor, gate: Tensor | Non
     """residual + gate * layer(act(x)); x (..., K), residual (..., N), gate (M, N), each row for as many rows of x."""
     if isinstance(layer, Int8Linear):
         if layer.few(x):
-            return layer.of_values(_activated(x, act), residual=residual, gate=gate)
-        return layer.of_whole(*quantise(x, act), x.dtype, residual=residual, gate=gate)
+            values = _activated(x, act) if layer.group == 1 else rotated(x, act, layer.group)
+            return layer.of_values(values, residual=residual, gate=gate)
+        if gate is not None and act == "none" and _fuses(layer, residual, gate):
+            return gated_linear_int8(x, *layer.part(ALL), gate, residual)
+        return layer.of_whole(*quantise(x, act, layer.group), x.dtype, residual=residual, gate=gate)
     x = _activated(x, act)
     if gate is not None and _fuses(layer, residual, gate):
         return gated_linear(x, layer.weight, layer.bias, gate, residual)
@@ -69,10 +77,10 @@ def linear_add(x: Tensor, layer: nn.Module, residual: Tensor, gate: Tensor | Non
 
 
 def linear_each(x: Tensor, layers: Iterable[nn.Module]) -> Iterator[Tensor]:
-    """layer(x) for each layer; int8 ones share the whole numbers of x."""
+    """layer(x) for each layer; int8 ones share the whole numbers of x, unless they rotate it."""
     whole = None
     for layer in layers:
-        if isinstance(layer, Int8Linear) and not layer.few(x):
+        if isinstance(layer, Int8Linear) and layer.group == 1 and not layer.few(x):
             whole = whole or quantise(x)
             yield layer.of_whole(*whole, x.dtype)
         else:
@@ -85,8 +93,9 @@ def logits(x: Tensor, table: nn.Embedding) -> Tensor:
 
 
 def _fuses(layer: nn.Module, x: Tensor, modulation: Tensor) -> bool:
-    """Whether kernels/head.py is for this: a modulation for every row, and few rows."""
-    fits = isinstance(layer, Linear) and layer.bias is not None
+    """Whether kernels/head.py or head_int8.py is for this: a modulation for every row, and few rows."""
+    whole = isinstance(layer, Int8Linear) and layer.group == 1
+    fits = (whole or isinstance(layer, Linear)) and layer.bias is not None
     return fits and x.dim() == 2 and x.shape == modulation.shape and len(x) <= FUSED_ROWS
 
 

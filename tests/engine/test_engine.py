@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from unipic_run import CancelToken, Engine, Event
 from unipic_run.engine.errors import Cancelled, CorruptWeightsError, UnipicWarning, UnsupportedDeviceError, UsageError
+from unipic_run.engine.kv_cache import Prompts
 
 QUICK = {"res": 64, "steps": 3}
 pytestmark = pytest.mark.filterwarnings("ignore::unipic_run.engine.errors.UnipicWarning")
@@ -298,7 +299,7 @@ def test_modules_are_trainable(tiny_engine: Engine) -> None:
     try:
         visible, hidden = torch.tensor([[0, 3]]), torch.tensor([[1, 2]])
         x = model.mar_encoder(torch.randn(1, 4, 16), visible, model.mar_encoder.positions(2, 2))
-        read = model.llm(model.proj_in(x), torch.arange(x.shape[1])[None], [(empty_cache(model), 1)])
+        read = model.llm(model.proj_in(x), Prompts.of([(empty_cache(model), 1)]))
         x = x + model.proj_out(read)
         z = model.mar_decoder(x, visible, hidden, model.mar_decoder.base(None), *model.mar_decoder.positions(2, 2))
         out = model.head(torch.randn(2, 16), model.head.embed_steps([]).new_zeros(64), model.head.cond_embed(z[0]))

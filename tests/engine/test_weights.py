@@ -12,7 +12,7 @@ from unipic_run.engine import weights
 from unipic_run.engine.checkpoint import manifest
 from unipic_run.engine.errors import CorruptWeightsError, ModelMissingError, UsageError
 from unipic_run.engine.meter import Meter
-from unipic_run.quant.int8 import quantise_weight
+from unipic_run.quant.int8 import FORMAT, quantise_weight
 from unipic_run.quant.recipe import NONE, Recipe
 from unipic_run.quant.swap import swap
 
@@ -206,7 +206,7 @@ def test_quantising_needs_the_quantised_model_and_one_tensor(tmp_path):
 
 
 def test_a_scheme_that_the_files_do_not_have_is_refused(tmp_path):
-    folder = stored_layers(tmp_path, quant="int8", quant_format="1")
+    folder = stored_layers(tmp_path, quant="int8", quant_format=str(FORMAT))
     assert weights.stored_scheme(folder) == "int8"
     for recipe in (NONE, Recipe("nf4", ("layers.*",))):
         with pytest.raises(UsageError, match=f"stored in int8, which cannot become {recipe.scheme}: leave quant out"):
@@ -215,7 +215,7 @@ def test_a_scheme_that_the_files_do_not_have_is_refused(tmp_path):
         assembled(folder, INT8)  # says int8, and is not
 
 
-@pytest.mark.parametrize("metadata", [{"quant": "int5", "quant_format": "1"}, {"quant": "int8", "quant_format": "2"}])
+@pytest.mark.parametrize("metadata", [{"quant": "int5", "quant_format": "1"}, {"quant": "int8", "quant_format": "99"}])
 def test_schemes_of_later_versions(tmp_path, metadata):
     with pytest.raises(CorruptWeightsError, match=f"{metadata['quant']}.*this version reads.*update unipic-run"):
         weights.stored_scheme(stored_layers(tmp_path, **metadata))
@@ -223,7 +223,7 @@ def test_schemes_of_later_versions(tmp_path, metadata):
 
 def test_files_of_two_schemes(tmp_path):
     folder = stored_layers(tmp_path)
-    other = stored_layers(tmp_path, quant="int8", quant_format="1")
+    other = stored_layers(tmp_path, quant="int8", quant_format=str(FORMAT))
     shutil.copy(other / "model-1.safetensors", folder)
     (folder / "manifest.json").unlink()
     manifest.write(folder, {})
@@ -243,6 +243,6 @@ def test_int8_weights_are_int8(tmp_path):
         dst = tmp_path / f"made{len([*tmp_path.iterdir()])}"
         with manifest.publishing(dst, {}) as folder:
             tensors = {f"layers.0.{name}": tensor for name, tensor in (good | bad).items()}
-            save_file(tensors, folder / "model.safetensors", {"quant": "int8", "quant_format": "1"})
+            save_file(tensors, folder / "model.safetensors", {"quant": "int8", "quant_format": str(FORMAT)})
         with pytest.raises(CorruptWeightsError, match=message):
             assembled(dst, INT8, count=1)

@@ -12,19 +12,22 @@ from unipic_run.engine.noise import PhiloxNoise
 from unipic_run.engine.run import plan_rounds, true_float32
 from unipic_run.engine.task import Batch, Task
 
-pytestmark = pytest.mark.gpu
+# A kernel that falls back to torch would agree with torch.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("error::unipic_run.kernels._op.KernelWarning")]
 PROMPTS = ["a red fox", "two cats in the snow at night", "a lamp", "three dogs beside an old wooden chair"]
 
 
 @pytest.fixture(scope="module")
 def load(tiny_release, tmp_path_factory):
-    """An engine for (device, dtype), loaded once."""
+    """An engine for (device, dtype, quant, attention), loaded once."""
     engines = {}
 
-    def get(device, dtype="fp32"):
-        if (device, dtype) not in engines:
-            engines[device, dtype] = Engine.from_pretrained(tiny_release, device=device, dtype=dtype)
-        return engines[device, dtype]
+    def get(device, dtype="fp32", quant="none", attention="auto"):
+        key = device, dtype, quant, attention
+        if key not in engines:
+            how = {"device": device, "dtype": dtype, "quant": quant, "attention": attention}
+            engines[key] = Engine.from_pretrained(tiny_release, **how)
+        return engines[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNIPIC_RUN_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -61,6 +64,18 @@ def psnr(a, b):
 def test_float32_agrees_with_the_cpu(load, make):
     ours, reference = tokens_of(load("cuda"), make), tokens_of(load("cpu"), make)
     assert (ours - reference).abs().max() <= 2e-4 * max(1.0, reference.abs().max())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "int8-qk"])
+def test_int8_agrees_with_the_cpu(load, attention):
+    """A value that is rounded to the next whole number on one of them only is worth a hundredth of its row."""
+
+    def make(engine):
+        return engine.generate(PROMPTS[:2], res=128, steps=4, seed=3)
+
+    how = {"quant": "int8", "attention": attention}
+    ours, reference = tokens_of(load("cuda", **how), make), tokens_of(load("cpu", **how), make)
+    assert (ours - reference).norm() <= 0.05 * reference.norm()
 
 
 def test_answers_agree_with_the_cpu(load):

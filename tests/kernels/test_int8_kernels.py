@@ -12,7 +12,7 @@ from unipic_run.kernels import quantise as quantise_file
 from unipic_run.kernels._op import HAS_TRITON, interpreted, recording
 from unipic_run.kernels.int8_linear import TILES, int8_linear, int8_linear_ref, tile
 from unipic_run.kernels.int8_weight import int8_weight_linear, int8_weight_ref
-from unipic_run.kernels.quantise import quantise, quantise_rows
+from unipic_run.kernels.quantise import group_of, quantise, quantise_rows, rotated, walsh_hadamard
 
 SHARED_ON_SM89 = 101376  # bytes a block may have
 needs_the_interpreter = pytest.mark.skipif(
@@ -109,6 +109,31 @@ def test_rows_in_pieces_are_the_rows_in_one(activation, monkeypatch):
     exact = quantise_file.activated(x.double(), activation)
     assert ((whole * scale[:, None] - exact).abs() <= 0.5001 * scale[:, None] + 1e-6).all()
     assert (whole[[0, 2]].abs().amax(1) == 127).all()
+
+
+@needs_the_interpreter
+@pytest.mark.parametrize("path", ["triton", "torch"])
+@pytest.mark.parametrize("whole_row", [8192, 256])
+def test_groups_of_columns_are_rotated(whole_row, path, monkeypatch):
+    monkeypatch.setattr(quantise_file, "WHOLE_ROW", whole_row)
+    torch.manual_seed(0)
+    call = in_triton if path == "triton" else lambda f, *a: f(*a)
+    x = torch.randn(3, 2 * 320)
+    matrix = walsh_hadamard(torch.eye(64, dtype=torch.float64), 64)
+    assert matrix.abs().eq(1).all() and torch.equal(matrix @ matrix, 64 * torch.eye(64).double())
+    exact = (F.silu(x[:, :320]).double() * x[:, 320:].double()).view(3, 5, 64) @ matrix / 8
+    y = call(rotated, x, "swiglu", 64)
+    assert relative(y, exact.view(3, 320)) < 1e-6
+    whole, scale = call(quantise, x, "swiglu", 64)
+    assert torch.allclose(scale, y.abs().amax(1) / 127)
+    assert ((whole - y / scale[:, None]).abs() <= 0.501).all()
+
+
+def test_groups_that_do_not_fit_are_refused():
+    assert [group_of(width) for width in (8960, 512, 96, 37)] == [128, 128, 32, 1]
+    for group in (0, 3, 64, 256):
+        with pytest.raises(ValueError, match=f"group {group} is no power of two up to 128 that divides 96 columns"):
+            quantise(torch.ones(2, 192), "swiglu", group)
 
 
 def test_halves_are_rounded_away_from_zero():

@@ -35,11 +35,11 @@ def filled(block: nn.Module) -> nn.Module:
     return block
 
 
-def in_int8(block: Block) -> nn.Module:
+def in_int8(block: Block, rotated_inputs: tuple[str, ...] = ()) -> nn.Module:
     """The same values in int8 layers."""
     quantised = Block()
     quantised.norm, quantised.narrow = block.norm, Linear(block.narrow.in_features, 48)
-    recipe = Recipe("int8", ("wide", "narrow"))
+    recipe = Recipe("int8", ("wide", "narrow"), rotated_inputs=rotated_inputs)
     swap(quantised, recipe)
     change = Change(quantised, recipe)
     values = {}
@@ -109,6 +109,25 @@ def test_the_activation_can_come_first():
         assert torch.equal(linear_add(y, block.narrow, residual, act=act), expected)
         close = linear_add(y, in_int8(block).narrow, residual, act=act)
         assert (close - expected).norm() / (expected - residual).norm() < 0.03
+
+
+@pytest.mark.parametrize("act", ["none", "silu", "swiglu"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("rows", [3, 40])
+@torch.inference_mode()
+def test_layers_that_rotate_their_inputs(act, gated, rows):
+    block = filled(Block(act=act))
+    quantised = in_int8(block, ("wide", "narrow"))
+    assert quantised.wide.group == 16 and quantised.narrow.group == (16 if act == "swiglu" else 32)
+    x, residual, modulation = inputs(rows)
+    expected = formulas(block, x, residual, modulation, act, gated)
+    y = composites(quantised, x, residual, modulation, act, gated)
+    assert (y - expected).norm() / (expected - residual).norm() < 0.03
+    wide = block.wide(x)
+    y, expected = linear_add(wide, quantised.narrow, residual, act=act), residual + block.narrow(ACTS[act](wide))
+    assert (y - expected).norm() / (expected - residual).norm() < 0.03
+    (y,) = linear_each(x, [quantised.wide])
+    assert (y - wide).norm() / wide.norm() < 0.03
 
 
 @pytest.mark.parametrize("rows", [slice(48), slice(48, None)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from unipic_run.kernels.quantise import quantise
+from unipic_run.kernels.quantise import group_of, quantise, rotated
 from unipic_run.quant import bnb, int8
 from unipic_run.quant.int8 import Int8Linear, quantise_weight
 from unipic_run.quant.rotate import rotate
@@ -13,10 +13,10 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def layer_of(weight: Tensor, bias: Tensor | None = None) -> Int8Linear:
+def layer_of(weight: Tensor, bias: Tensor | None = None, group: int = 1) -> Int8Linear:
     with torch.device("meta"):
-        layer = Int8Linear(weight.shape[1], weight.shape[0], bias is not None)
-    values = {"weight": quantise_weight(weight)[0], "scale": quantise_weight(weight)[1]}
+        layer = Int8Linear(weight.shape[1], weight.shape[0], bias is not None, group)
+    values = dict(zip(("weight", "scale"), quantise_weight(weight, group), strict=True))
     layer.load_state_dict(values | ({} if bias is None else {"bias": bias}), assign=True)
     return layer.requires_grad_(False)
 
@@ -79,6 +79,22 @@ def test_the_rotation_takes_away_what_outlier_channels_cost(times):
     assert plain > 0.04 and rotated < 0.013 and rotated < plain / 4
     x, weight, expected = planted(1)
     assert 0.009 < error(layer_of(weight)(x), expected) < 0.013
+
+
+@pytest.mark.parametrize("times", [1, 30, 100])
+def test_rotating_groups_of_inputs_takes_away_what_products_of_two_factors_cost(times):
+    """The inputs of `down`. Measured: 3.0 % -> 1.3 %; with four channels x30 10.6 % -> 1.7 %, x100 11.5 % -> 2.0 %."""
+    width = 8960
+    x, weight = nn.functional.silu(random(48, width)) * random(48, width, seed=1), random(256, width, seed=2)
+    x[:, torch.randperm(width, generator=torch.Generator().manual_seed(3))[:4]] *= times
+    expected = x.double() @ weight.double().T
+    plain, turned = layer_of(weight), layer_of(weight, group=group_of(width))
+    assert turned.group == 128 and error(plain(x), expected) > (0.025 if times == 1 else 0.08)
+    assert error(turned(x), expected) < (0.015 if times == 1 else 0.025)
+    few = x[:4]
+    whole_weight = turned.weight.double() * turned.scale.double()[:, None]
+    assert error(turned(few), rotated(few.double(), "none", 128) @ whole_weight.T) < 1e-5
+    assert error(turned(few), expected[:4]) < 0.015
 
 
 @pytest.mark.parametrize("times", [1, 30, 100])

@@ -11,6 +11,7 @@ from unipic_run.engine import families, weights
 from unipic_run.engine.checkpoint import manifest
 from unipic_run.engine.checkpoint.convert import convert
 from unipic_run.engine.errors import CorruptWeightsError, OutputError, UsageError
+from unipic_run.engine.kv_cache import Prompts
 from unipic_run.engine.layers.vit_block import ViTBlock
 from unipic_run.engine.models.unipic.head import HeadBlock
 from unipic_run.engine.models.unipic.model import new_cache, next_logits
@@ -75,7 +76,7 @@ def error(found: Tensor, expected: Tensor, before: Tensor) -> float:
 
 @torch.inference_mode()
 def test_every_block_stays_close_to_float32(tiny_engine, int8_engine):
-    """Measured: at most 1.8 %, in the language model's first layer."""
+    """Measured: at most 1.5 %, in the language model's first layer."""
     model, errors = int8_engine.loaded.model, {}
     calls = calls_of(tiny_engine, ViTBlock, HeadBlock)
     x = calls.pop("proj_in")[2]
@@ -90,16 +91,16 @@ def test_every_block_stays_close_to_float32(tiny_engine, int8_engine):
         found = quantised(rotate(x), *tables, partial(attention, causal=True))
         errors[f"llm.layers.{index}"] = error(found, rotate(expected), rotate(x))
         x = expected
-    assert len(errors) == 4 + 2 + 3 and max(errors.values()) < 0.025, errors
+    assert len(errors) == 4 + 2 + 3 and max(errors.values()) < 0.02, errors
     assert min(errors.values()) > 1e-3, "nothing was quantised"
 
 
 @torch.inference_mode()
 def test_the_rotation_alone_changes_nothing_but_roundings(tiny_engine, rotated):
     model, features = tiny_engine.loaded.model, torch.randn(1, 30, 64, generator=torch.Generator().manual_seed(0))
-    positions, found = torch.arange(30)[None], []
+    found = []
     for each in (model, rotated):
-        hidden = each.llm(each.proj_in(features), positions, [(new_cache(each, 3, each.embed.weight), 1)])
+        hidden = each.llm(each.proj_in(features), Prompts.of([(new_cache(each, 3, each.embed.weight), 1)]))
         found.append((each.proj_out(hidden), next_logits(each, new_cache(each, 3, each.embed.weight), [1, 2, 3])))
     for expected, turned in zip(*found, strict=True):
         assert (turned - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -119,7 +120,7 @@ def test_a_converted_checkpoint_is_what_streaming_makes(int8_folder, int8_engine
 def test_the_folder_says_that_it_is_int8(int8_folder, tiny_release):
     (path,) = int8_folder.glob("*.safetensors")
     with safe_open(path, "pt") as file:
-        assert file.metadata() == {"format": "pt", "quant": "int8", "quant_format": "1"}
+        assert file.metadata() == {"format": "pt", "quant": "int8", "quant_format": "2"}
         assert file.get_slice("llm.layers.0.qkv.weight").get_dtype() == "I8"
     assert '"quant": "int8"' in (int8_folder / "config.json").read_text()
     assert manifest.verify(int8_folder)["source"]["quant"] == "int8"

@@ -53,6 +53,8 @@ def test_what_of_unipic_is_taken_and_what_stays(model, scheme):
     layers = [model.get_submodule(name) for name in swapped]
     assert all(layer.weight.is_meta and not layer.weight.requires_grad for layer in layers)
     assert all(isinstance(layer, Int8Linear) for layer in layers) == (scheme == "int8")
+    rotating = {name for name in swapped if getattr(model.get_submodule(name), "group", 1) > 1}
+    assert rotating == ({f"llm.layers.{i}.down" for i in range(3)} if scheme == "int8" else set())
     assert model.llm.layers[1].qkv.bias is not None and model.llm.layers[1].o.bias is None
 
 
@@ -61,6 +63,10 @@ def test_a_recipe_that_does_not_fit_is_refused(model):
         swap(model, Recipe("int8", ("llm.layers.*.k",)))
     with pytest.raises(ValueError, match="norm is a RMSNorm, and only linear"):
         swap(model, Recipe("int8", ("llm.norm",)))
+    with pytest.raises(ValueError, match=r"no module is called llm.layers.\*.o"):
+        swap(model, Recipe("int8", ("llm.layers.*.down",), rotated_inputs=("llm.layers.*.o",)))
+    with pytest.raises(ValueError, match="only int8 rotates inputs"):
+        Recipe("nf4", ("llm.layers.*.down",), rotated_inputs=("llm.layers.*.down",))
     with pytest.raises(ValueError, match="'int4' is none of none, int8"):
         Recipe("int4")
 

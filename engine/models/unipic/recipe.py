@@ -14,6 +14,7 @@ MAR = tuple(
 )
 HEAD = tuple(f"head.blocks.*.{name}" for name in ("fc1", "fc2", "modulation"))
 MODULES = (*LLM, *MAR, *HEAD)
+ROTATED_INPUTS = ("llm.layers.*.down",)  # a SwiGLU makes them, which multiplies outliers
 
 # The language model's residual stream. LayerNorm takes a mean away and adds a bias, so MAR's and the head's stay.
 ROTATION = Rotation(
@@ -32,4 +33,4 @@ def recipe(scheme: str) -> Recipe:
     """Raises ValueError for a scheme that is none. bitsandbytes has its own ways with outliers: no rotation there."""
     if scheme == "none":
         return NONE
-    return Recipe(scheme, MODULES, ROTATION if scheme == "int8" else None)
+    return Recipe(scheme, MODULES, ROTATION, ROTATED_INPUTS) if scheme == "int8" else Recipe(scheme, MODULES)
