@@ -42,7 +42,7 @@ part() {
 
 part environment 20 "$PYTHON" -c 'import sys; from unipic_run.cli import main; sys.exit(main())' doctor --json
 if command -v nvidia-smi >/dev/null; then part nvidia-smi 10 nvidia-smi -q; fi
-part gpu-tests 80 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/gpu
+part gpu-tests 80 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests
 part ops 105 "$PYTHON" bench/ops.py
 part parity 45 "$PYTHON" bench/parity.py tests/data/goldens/unipic1 --checkpoint tests/data/unipic-tiny --device "$device"
 part latency 75 "${latency[@]}" --vram-cap 15

@@ -7,6 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+ROUNDED = 64  # positions to which the room for prompts is rounded, so that other prompts may fit the same graph
+
 
 class KVCache:
     """Keys and values of one text, behind those of an optional shared `base` (a picture that several prompts speak of).
@@ -97,13 +99,18 @@ class Prompts:
             keys, values = first.keys[:, None], first.values[:, None]
         else:
             layers, heads, _, width = first.keys.shape
-            keys = first.keys.new_empty(layers, len(caches), heads, max(lengths), width)
+            capacity = -(-max(lengths) // ROUNDED) * ROUNDED
+            keys = first.keys.new_empty(layers, len(caches), heads, capacity, width)
             values = torch.empty_like(keys)
             for slot, cache in enumerate(caches):
                 cache.write(keys[:, slot], values[:, slot])
         owners = [prompt for prompt, count, _ in runs for _ in range(count)]
         prefix_of, lengths = (torch.tensor(x, dtype=torch.int32, device=keys.device) for x in (owners, lengths))
         return cls(keys, values, prefix_of, lengths, tuple(runs))
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.keys, self.values, self.prefix_of, self.lengths
 
     @cached_property
     def starts(self) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from ._attend import LOG2_E, attend, empty_state, head_blocks, load_rows, store_means, unit_rows
 from ._op import Case, Cost, Operator, launch, tl, triton
+from ._tuned import Options, dtype_class, tuned
 
 _MAX_WIDTH = 128  # of a head; the VAE's single one of 512 is left to the library
 
@@ -99,7 +100,7 @@ def _attention_kernel(
     store_means(out_ptr, heads * D, lq - first, state, BLOCK_M, D0, D1, D)
 
 
-def tiles(dtype: torch.dtype) -> dict[str, int]:
+def tiles(dtype: torch.dtype) -> Options:
     """Heuristic, from registers and shared memory alone: two or three programs fit each multiprocessor of sm_89."""
     if dtype == torch.float32:
         return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
@@ -111,7 +112,10 @@ def _flash_triton(q, k, v, causal):
     (batch, heads, lq, width), lk = q.shape, k.shape[2]
     out = torch.empty(batch, lq, heads, width, dtype=q.dtype, device=q.device)
     d0, d1 = head_blocks(width)
-    tile = tiles(q.dtype)
+    causal = causal and lq > 1
+    row = 2 * (d0 + d1) * q.element_size()  # bytes of a key and a value
+    key = f"{dtype_class(q.dtype)} d{width}{' causal' * causal}"
+    tile = tuned("attention", key, tiles(q.dtype), q.device, lambda tile: tile["BLOCK_N"] * row)
     launch(
         _attention_kernel,
         (-(-lq // tile["BLOCK_M"]), batch * heads),
@@ -121,7 +125,7 @@ def _flash_triton(q, k, v, causal):
         D=width,
         D0=d0,
         D1=d1,
-        CAUSAL=causal and lq > 1,
+        CAUSAL=causal,
         **tile,
     )
     return out.transpose(1, 2)

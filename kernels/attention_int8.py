@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ._attend import LOG2_E, empty_state, head_blocks, load_rows, store_means
 from ._op import Case, Cost, Operator, launch, tl, triton
+from ._tuned import tuned
 from .attention import attention_cost, attention_ref, attention_torch
 from .quantise_qkv import quantise_qkv, quantise_qkv_cases, quantise_qkv_torch
 
@@ -140,7 +141,9 @@ def _attention_int8_triton(q, q_scale, k, k_scale, v, dtype):
     (batch, heads, lq, width), lk = q.shape, k.shape[2]
     out = torch.empty(batch, lq, heads, width, dtype=dtype, device=q.device)
     (d0, d1), (v0, v1) = head_blocks(width, 32), head_blocks(width)
-    tile = {"BLOCK_M": 64, "BLOCK_N": 64 if width <= 64 else 32, "num_warps": 4, "num_stages": 3}  # heuristic
+    heuristic = {"BLOCK_M": 64, "BLOCK_N": 64 if width <= 64 else 32, "num_warps": 4, "num_stages": 3}
+    row = d0 + d1 + 2 * (v0 + v1)  # bytes of a key and a value
+    tile = tuned("attention_int8", f"d{width}", heuristic, q.device, lambda tile: tile["BLOCK_N"] * row)
     launch(
         _attention_int8_kernel,
         (-(-lq // tile["BLOCK_M"]), batch * heads),

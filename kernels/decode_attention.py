@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ._attend import LOG2_E, attend, empty_state, head_blocks, load_rows, store_rows, unit_rows
 from ._op import Case, Cost, Operator, launch, tl, triton
+from ._tuned import dtype_class, tuned
 from .attention import attention_ref, attention_torch, random_qkv
 
-BLOCK_N = 64
+HEURISTIC = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 PROGRAMS = 256  # heuristic: two for each multiprocessor of a large card
 
 
@@ -145,28 +146,30 @@ def _decode_attention_triton(q, k, v, lengths, base_k, base_v, base_length):
     base_k, base_v = (unit_rows(base_k), unit_rows(base_v)) if based else (k, v)
     base_length = base_length if based else lengths
     (rows, heads, _, width), kv_heads = q.shape, k.shape[1]
-    base_blocks, blocks = -(-base_k.shape[1] // BLOCK_N) * based, -(-k.shape[2] // BLOCK_N)
+    d0, d1 = head_blocks(width)
+    row = 2 * (d0 + d1) * q.element_size()  # bytes of a key and a value
+    key = f"{dtype_class(q.dtype)} d{width}"
+    tile = tuned("decode_attention", key, HEURISTIC, q.device, lambda tile: tile["BLOCK_N"] * row)
+    block = tile["BLOCK_N"]
+    base_blocks, blocks = -(-base_k.shape[1] // block) * based, -(-k.shape[2] // block)
     blocks_each = max(1, -(-(base_blocks + blocks) * rows * kv_heads // PROGRAMS))
     base_splits, splits = -(-base_blocks // blocks_each), -(-blocks // blocks_each)
     splits += base_splits
     sums = torch.empty(rows, heads, splits, width, dtype=torch.float32, device=q.device)
     largest, total = torch.empty(2, rows, heads, splits, dtype=torch.float32, device=q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    d0, d1 = head_blocks(width)
     launch(
         _decode_kernel,
         (splits, rows * kv_heads),
         *(q, k, v, base_k, base_v, lengths, base_length, sums, largest, total),
         *(*q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *base_k.stride()[:2], *base_v.stride()[:2]),
-        *(kv_heads, heads // kv_heads, base_splits, blocks_each * BLOCK_N, LOG2_E / width**0.5),
+        *(kv_heads, heads // kv_heads, base_splits, blocks_each * block, LOG2_E / width**0.5),
         D=width,
         D0=d0,
         D1=d1,
         BLOCK_M=max(16, triton.next_power_of_2(heads // kv_heads)),
-        BLOCK_N=BLOCK_N,
         BASE=based,
-        num_warps=4,  # heuristic
-        num_stages=2,
+        **tile,
     )
     launch(
         _join_kernel,

@@ -30,6 +30,7 @@ from ._product import (
     product_operands,
     weight_rows,
 )
+from ._tuned import Options, row_class, tuned
 
 GROUP_M = 8  # row tiles that walk along the columns together, so that both operands are found in L2
 EXACT = 1024  # products of int8 whose sum float32 holds exactly: 1024 * 128 * 128 = 2^24
@@ -57,6 +58,18 @@ def tile(m: int, n: int, k: int) -> tuple[int, int, int, int, int]:
         return max(triton.cdiv(programs, 128) * rows * columns / 750, programs * (rows + columns) / 2000)
 
     return min(TILES, key=clocks)
+
+
+def options(m: int, n: int, k: int, device: torch.device) -> Options:
+    """Of the launch for (m, k) x (n, k)^T."""
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    heuristic = dict(zip(names, tile(m, n, k), strict=True))
+    return tuned("int8_linear", f"m{row_class(m)} n{n} k{k}", heuristic, device, staged)
+
+
+def staged(tiles: Options) -> int:
+    """Bytes of both operands in a step, which is two products."""
+    return 2 * tiles["BLOCK_K"] * (tiles["BLOCK_M"] + tiles["BLOCK_N"])
 
 
 def int8_linear_ref(
@@ -156,10 +169,10 @@ def _int8_linear_triton(x, x_scale, weight, weight_scale, bias, activation, resi
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     (m, k), n = rows.shape, out_features(weight, activation)
     y = torch.empty((*x.shape[:-1], n), dtype=dtype, device=x.device)
-    block_m, block_n, block_k, warps, stages = tile(m, len(weight), k)
+    tiles = options(m, len(weight), k, x.device)
     launch(
         _int8_linear_kernel,
-        (triton.cdiv(m, block_m) * triton.cdiv(n, block_n * n // len(weight)),),
+        (triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"] * n // len(weight)),),
         rows,
         x_scale.contiguous(),
         weight,
@@ -173,13 +186,9 @@ def _int8_linear_triton(x, x_scale, weight, weight_scale, bias, activation, resi
         rows.stride(0),
         0 if gate is None else gate.stride(0),
         K=k,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
         GROUP_M=GROUP_M,
+        **tiles,
         **epilogue_options(n, bias, activation, residual, gate),
-        num_warps=warps,
-        num_stages=stages,
     )
     return y
 

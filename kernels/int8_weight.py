@@ -27,6 +27,7 @@ from ._product import (
     product_operands,
     weight_rows,
 )
+from ._tuned import Options, dtype_class, tuned
 
 MOST_ROWS = 16
 JOINED = 128  # columns that a program of the second kernel adds up
@@ -39,6 +40,17 @@ def tile(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[int, int, int]:
     programs = triton.cdiv(n, 16)
     split = 1 if programs >= 128 or k < 4096 else min(triton.cdiv(192, programs), 8)
     return 16, 32 if dtype == torch.float32 else 256, split  # no tensor cores for float32: more would spill
+
+
+def options(block_m: int, n: int, k: int, x: Tensor) -> Options:
+    """Of the launch for up to block_m rows x and a weight (n, k)."""
+    block_n, block_k, split = tile(block_m, n, k, x.dtype)
+    heuristic = {"BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT": split, "num_warps": 4, "num_stages": 4}
+
+    def staged(tiles: Options) -> int:
+        return tiles["BLOCK_K"] * (block_m * x.element_size() + tiles["BLOCK_N"])
+
+    return tuned("int8_weight", f"{dtype_class(x.dtype)} m{block_m} n{n} k{k}", heuristic, x.device, staged)
 
 
 def int8_weight_ref(
@@ -166,7 +178,9 @@ def _int8_weight_triton(x, weight, weight_scale, bias, activation, residual, gat
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     (m, k), n = rows.shape, out_features(weight, activation)
     y = torch.empty((*x.shape[:-1], n), dtype=dtype, device=x.device)
-    block_n, block_k, split = tile(m, len(weight), k, x.dtype)
+    block_m = 1 if m == 1 else MOST_ROWS
+    tiles = options(block_m, len(weight), k, x)
+    split = tiles["SPLIT"]
     sums = torch.empty((split, m, len(weight)), dtype=torch.float32, device=x.device) if split > 1 else y
     after = (
         weight_scale,
@@ -178,11 +192,11 @@ def _int8_weight_triton(x, weight, weight_scale, bias, activation, residual, gat
         1 if gate is None else m // max(len(gate), 1),
     )
     gate_stride = 0 if gate is None else gate.stride(0)
-    options = epilogue_options(n, bias, activation, residual, gate) | {"SPLIT": split}
-    halved = 2 if options["SWIGLU"] else 1
+    flags = epilogue_options(n, bias, activation, residual, gate)
+    halved = 2 if flags["SWIGLU"] else 1
     launch(
         _int8_weight_kernel,
-        (triton.cdiv(n * halved, block_n) if m else 0, split),
+        (triton.cdiv(n * halved, tiles["BLOCK_N"]) if m else 0, split),
         rows,
         weight,
         sums,
@@ -190,16 +204,13 @@ def _int8_weight_triton(x, weight, weight_scale, bias, activation, residual, gat
         rows.stride(0),
         gate_stride,
         K=k,
-        BLOCK_M=1 if m == 1 else MOST_ROWS,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        **options,
-        num_warps=4,
-        num_stages=4,
+        BLOCK_M=block_m,
+        **flags,
+        **tiles,
     )
     if split > 1:
         grid = (triton.cdiv(n * halved, JOINED), m)
-        launch(_join_kernel, grid, sums, *after, gate_stride, BLOCK_N=JOINED, **options, num_warps=4)
+        launch(_join_kernel, grid, sums, *after, gate_stride, BLOCK_N=JOINED, SPLIT=split, **flags, num_warps=4)
     return y
 
 

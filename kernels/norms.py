@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._device import quantise_row
 from ._op import Case, Cost, Operator, launch, tl, triton
+from ._tuned import tuned
 from .quantise import quantise_rows
 
 
@@ -119,6 +120,7 @@ def _launch(
     (n, width), modulated = rows.shape, shift is not None
     if modulated and shift.stride() != scale.stride():
         shift, scale = shift.contiguous(), scale.contiguous()
+    heuristic = {"num_warps": 4 if width <= 2048 else 8}
     launch(
         _norm_kernel,
         (n,),
@@ -140,7 +142,7 @@ def _launch(
         BIAS=bias is not None,
         MODULATE=modulated,
         INT8=y_scale is not None,
-        num_warps=4 if width <= 2048 else 8,  # heuristic
+        **tuned("norm", f"d{width}", heuristic, x.device),
     )
 
 

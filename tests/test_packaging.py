@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 NOT_SHIPPED = {"tests", "docs", "build", "dist", "results"}
+DATA = ("kernels/tuned/*.json", "pocket/weights/*")
 
 
 def package_files() -> list[Path]:
@@ -100,7 +101,8 @@ def test_the_wheel_of_the_sdist_holds_every_module(unpacked_sdist, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         shipped = set(archive.namelist())
         archive.extractall(tmp_path / "site")
-    assert {f"unipic_run/{name.as_posix()}" for name in [*package_files(), Path("py.typed")]} <= shipped
+    data = [path.relative_to(ROOT) for pattern in DATA for path in ROOT.glob(pattern)]
+    assert {f"unipic_run/{name.as_posix()}" for name in [*package_files(), Path("py.typed"), *data]} <= shipped
     assert any(name.endswith("licenses/LICENSE") for name in shipped)
     assert not any("tests/" in name for name in shipped)
     code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import unipic_run; print(unipic_run.__file__)"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ....kernels.condition import condition
 from ....kernels.ddpm_step import DDPMStep, Drawn, ddpm_step, ddpm_update
+from ...graphs import Graphs
 from ...layers.linear import Linear, linear_add, linear_each, norm_linear
 from .config import HeadConfig
 
@@ -147,11 +148,23 @@ class DiffusionHead(nn.Module):
                 x = ddpm_step(x, cond, uncond, drawn, table[i], guidance, temperature)
         return x
 
-    def sample_drawn(self, z: Tensor, start: Tensor, drawn: Drawn, table: Tensor, embedded: Tensor) -> Tensor:
-        """As `sample`, but noise is drawn where it is used, and table (T, 8) of `step_table` has all numbers."""
-        run, chunk = self.begin(z, start, drawn, table, embedded), min(CHUNK, self.most_steps(len(z)))
-        for left in range(len(table), 0, -chunk):
-            self.advance(run, min(chunk, left))
+    def sample_drawn(
+        self, z: Tensor, start: Tensor, drawn: Drawn, table: Tensor, embedded: Tensor, graphs: Graphs
+    ) -> Tensor:
+        """As `sample`, but noise is drawn where it is used, and table (T, 8) of `step_table` has all numbers.
+
+        What it returns may be overwritten by the next call: a chunk of steps that is taken often enough is captured.
+        """
+        chunk = min(CHUNK, self.most_steps(len(z)))
+        chunks = [min(chunk, left) for left in range(len(table), 0, -chunk)]
+        key, often = (len(z), len(start), len(table)), chunks.count(chunk) > 2
+        run = self.begin(z, start, drawn, table, embedded)
+        run = graphs.hold("head", key, run) if often else run
+        for steps in chunks:
+            if often and steps == chunk:
+                graphs.run("head", (*key, steps), self.advance, (run, steps), at_sight=True)
+            else:
+                self.advance(run, steps)
         return run.x
 
     def begin(self, z: Tensor, start: Tensor, drawn: Drawn, table: Tensor, embedded: Tensor) -> Denoising:

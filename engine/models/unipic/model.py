@@ -13,17 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ....kernels._op import launches
-from ....kernels.ddpm_step import GUIDANCE, Drawn, step_table
 from ....kernels.mar_tokens import select_tokens
-from ....kernels.philox import token_noise
+from ...graphs import Graphs
 from ...kv_cache import KVCache, Prompts
 from ...layers.attention import Attention
 from ...layers.linear import Linear, logits
 from ...layers.qwen2 import Qwen2
 from ...layers.vae import VAEDecoder, VAEEncoder
-from ...noise import Noise, Stream
-from ...schedules import Round, Rounds, ddpm_table, guidance_at
+from ...schedules import Rounds
 from ...task import Batch, Task
 from ...tokens import Tokens
 from .config import UniPicConfig as Config
@@ -31,6 +28,7 @@ from .head import DiffusionHead
 from .limits import check_prompts, check_question, max_image_tokens  # noqa: F401 (the engine asks the family)
 from .mar import MarDecoder, MarEncoder, all_visible, buffers_first, buffers_last
 from .prompts import IMAGE, turn, unconditional_turn
+from .sampler import Sampler
 
 needs = {
     "encode": ("vae_encoder", "mar_encoder", "proj_in"),
@@ -46,11 +44,11 @@ repeated = ("head", "advance")
 
 
 class UniPic(nn.Module):
-    """The parts by name. Nothing here runs them; the verbs below do."""
+    """The parts by name, and what a round runs of them. `graphs` belong to these weights where they lie."""
 
     def __init__(self, config: Config, attend: Attention) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.graphs = config, Graphs()
         self.vae_encoder = VAEEncoder(config.vae)
         self.vae_decoder = VAEDecoder(config.vae)
         self.embed = nn.Embedding(config.llm.vocab, config.llm.width)  # tied with the logits
@@ -60,6 +58,34 @@ class UniPic(nn.Module):
         self.head = DiffusionHead(config.head)
         self.proj_in = projection(config.mar.width, config.llm.width, config.llm.width)
         self.proj_out = projection(config.llm.width, config.llm.width, config.mar.width)
+
+    def understand(
+        self,
+        tokens: Tensor,
+        visible: Tensor,
+        predicted: Tensor,
+        source: Tensor,
+        encoder_position: Tensor,
+        base: Tensor,
+        decoder_position: Tensor,
+        diffusion_position: Tensor,
+        prompts: Prompts,
+    ) -> Tensor:
+        """Conditions z (R, N, D) of the tokens to predict in a round: encoder, LLM, decoder.
+
+        tokens (B, n, 16), index plans of `Round`, positions and base as in mar.py. Encoder and proj_in run once: their
+        input is the same in both guidance halves.
+        """
+        buffer, copies = self.config.mar.buffer, len(prompts.prefix_of) // len(tokens)
+        x = self.mar_encoder(tokens, visible, encoder_position)  # (B, buffer + V, D)
+        read = buffers_last(self.proj_in(x), buffer).repeat(copies, 1, 1)  # (R, V + buffer, H)
+        read = self.llm(read, prompts)
+        x = x.repeat(copies, 1, 1) + self.proj_out(buffers_first(read, buffer))
+        return self.mar_decoder(x, visible, predicted, base, decoder_position, diffusion_position, source)
+
+    def understand_tensors(self, *given: Tensor) -> Tensor:
+        """The same of nothing but tensors, for a graph that serves prompts of any length: the last are a `Prompts`'."""
+        return self.understand(*given[:-4], Prompts(*given[-4:], runs=()))
 
 
 def build(config: Config, attend: Attention | None = None) -> UniPic:
@@ -184,72 +210,10 @@ def new_cache(model: UniPic, capacity: int, like: Tensor, base: KVCache | None =
     return KVCache(c.layers, c.kv_heads, capacity, c.head_dim, like.dtype, like.device, base)
 
 
-class Sampler:
-    """What stays the same over the rounds of one batch: position tables, embedded timesteps, the noise schedule.
-
-    On a CPU the noise of all steps is made in one pass, which is faster there; recorded noise is in memory anyway.
-    """
-
-    def __init__(self, model: UniPic, conditions: Conditions, task: Task, noises: Sequence[Noise]) -> None:
-        self.model, self.task, self.noises = model, task, noises
-        self.prompts, head = Prompts.of(conditions.rows), model.config.head
-        self.copies = len(self.prompts.prefix_of) // len(noises)  # 2 with guidance
-        self.table = ddpm_table(head.train_steps, head.steps, head.max_beta)
-        self.steps = model.head.embed_steps(self.table)
-        self.keys: Tensor | None = None  # (B, 2) int64 of the images' seeds, where kernels draw the noise
-        if launches(self.steps) and all(noise.key for noise in noises):
-            device = self.steps.device
-            self.keys = torch.tensor([noise.key for noise in noises], device=device)
-            self.coefficients = step_table(self.table, task.guidance, task.temperature).to(device)
-        self.encoder_positions = model.mar_encoder.positions(task.rows, task.columns)
-        self.decoder_positions = model.mar_decoder.positions(task.rows, task.columns)
-        edited = conditions.source if task.kind == "edit" else None
-        self.base = model.mar_decoder.base(edited.x_con if edited else None)
-
-    def reveal(self, tokens: Tensor, plan: Round) -> Tensor:
-        """tokens (B, n, 16) with one more round's tokens filled in."""
-        z = self.understand(tokens, plan)
-        sampled = self.denoise(z, plan).to(tokens.dtype)
-        return tokens.scatter(1, plan.predicted[..., None].expand_as(sampled), sampled)
-
-    def understand(self, tokens: Tensor, plan: Round) -> Tensor:
-        """Conditions z (R, N, D) of the tokens to predict: encoder, LLM, decoder.
-
-        Encoder and proj_in run once: their input is the same in both guidance halves.
-        """
-        model, buffer = self.model, self.model.config.mar.buffer
-        x = model.mar_encoder(tokens, plan.visible, self.encoder_positions)  # (B, buffer + V, D)
-        read = buffers_last(model.proj_in(x), buffer).repeat(self.copies, 1, 1)  # (R, V + buffer, H)
-        read = model.llm(read, self.prompts)
-        x = x.repeat(self.copies, 1, 1) + model.proj_out(buffers_first(read, buffer))
-        return model.mar_decoder(x, plan.visible, plan.predicted, self.base, *self.decoder_positions, plan.source)
-
-    def denoise(self, z: Tensor, plan: Round) -> Tensor:
-        """Latents (B, N, 16) float32 of the predicted tokens, from conditions z (R, N, D)."""
-        guidance = guidance_at(self.task.cfg_schedule, self.task.guidance, plan.left)
-        how = self.recorded if self.keys is None else self.drawn
-        return how(z.flatten(0, 1), plan, guidance).view(*plan.predicted.shape, -1)
-
-    def recorded(self, z: Tensor, plan: Round, guidance: float) -> Tensor:
-        """With all noise in memory beforehand; z (R N, D), returns (B N, 16)."""
-        channels, steps = self.model.config.head.channels, len(self.table)
-        pairs = list(zip(self.noises, plan.predicted, strict=True))
-        start = torch.cat([noise.head_start(plan.index, at, channels) for noise, at in pairs])
-        noise = torch.cat([noise.head_steps(plan.index, at, channels, steps) for noise, at in pairs], dim=1)
-        return self.model.head.sample(z, start, noise, self.table, self.steps, guidance, self.task.temperature)
-
-    def drawn(self, z: Tensor, plan: Round, guidance: float) -> Tensor:
-        """The same with noise that kernels draw where they use it."""
-        key, position = self.keys.repeat_interleave(plan.predicted.shape[1], dim=0), plan.predicted.flatten()
-        start = token_noise(key, position, Stream.HEAD_START, 1, self.model.config.head.channels)[0]
-        self.coefficients[:, GUIDANCE].fill_(guidance)
-        drawn = Drawn(key, position, Stream.HEAD_STEP)
-        return self.model.head.sample_drawn(z, start, drawn, self.coefficients, self.steps)
-
-
 def sample(model: UniPic, conditions: Conditions, task: Task, batch: Batch, rounds: Rounds) -> Iterator[Tensor]:
     """Yield the latent tokens (B, n, 16) after every round; tokens not revealed yet are zero."""
-    sampler = Sampler(model, conditions, task, batch.noises)
+    edited = conditions.source.x_con if task.kind == "edit" else None
+    sampler = Sampler(model, conditions.rows, edited, task, batch.noises)
     shape = (len(batch.noises), rounds.tokens, model.config.mar.channels)
     tokens = sampler.base.new_zeros(shape)
     if task.kind == "inpaint":

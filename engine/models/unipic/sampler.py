@@ -1,0 +1,88 @@
+"""The rounds of one batch of UniPic 1.0: what stays the same over them is made once, what repeats is replayed.
+
+Letters as in model.py: B images, R guidance rows, n grid tokens, N tokens predicted in a round, D MAR width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ....kernels._op import launches
+from ....kernels.ddpm_step import GUIDANCE, Drawn, step_table
+from ....kernels.philox import token_noise
+from ...kv_cache import KVCache, Prompts
+from ...noise import Noise, Stream
+from ...schedules import Round, ddpm_table, guidance_at
+from ...task import Task
+
+
+class Sampler:
+    """On a CPU the noise of all steps is made in one pass, faster there; recorded noise is in memory anyway."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Sequence[tuple[KVCache, int]],
+        edited: Tensor | None,
+        task: Task,
+        noises: Sequence[Noise],
+    ) -> None:
+        """`model`: a UniPic; `rows`: the prompts' caches in row order;
+        `edited`: MAR features (1, buffer + n, D) of an edit's source.
+        """
+        self.model, self.task, self.noises = model, task, noises
+        head = model.config.head
+        self.table = ddpm_table(head.train_steps, head.steps, head.max_beta)
+        self.steps = model.graphs.hold("timesteps", len(self.table), model.head.embed_steps(self.table))
+        self.keys: Tensor | None = None  # (B, 2) int64 of the images' seeds, where kernels draw the noise
+        if launches(self.steps) and all(noise.key for noise in noises):
+            device = self.steps.device
+            self.keys = torch.tensor([noise.key for noise in noises], device=device)
+            self.coefficients = step_table(self.table, task.guidance, task.temperature).to(device)
+        self.base = model.mar_decoder.base(edited)
+        self.prompts = Prompts.of(rows)
+        fixed = (
+            model.mar_encoder.positions(task.rows, task.columns),
+            self.base,
+            *model.mar_decoder.positions(task.rows, task.columns),
+            *self.prompts.tensors,
+        )
+        self.shape = (task.rows, task.columns, len(noises), *(x.shape for x in fixed[1:]))
+        self.fixed = model.graphs.hold("batch", self.shape, fixed, at_sight=False)
+
+    def reveal(self, tokens: Tensor, plan: Round) -> Tensor:
+        """tokens (B, n, 16) with one more round's tokens filled in."""
+        z = self.understand(tokens, plan)
+        sampled = self.denoise(z, plan).to(tokens.dtype)
+        return tokens.scatter(1, plan.predicted[..., None].expand_as(sampled), sampled)
+
+    def understand(self, tokens: Tensor, plan: Round) -> Tensor:
+        """Conditions z (R, N, D) of the tokens to predict."""
+        given = (tokens, plan.visible, plan.predicted, plan.source, *self.fixed)
+        if not self.model.llm.attend.ours:  # other backends take the prompts' lengths from the host
+            return self.model.understand(*given[:-4], self.prompts)
+        key = (*self.shape, plan.visible.shape[1], plan.predicted.shape[1])
+        return self.model.graphs.run("round", key, self.model.understand_tensors, given)
+
+    def denoise(self, z: Tensor, plan: Round) -> Tensor:
+        """Latents (B, N, 16) float32 of the predicted tokens, from conditions z (R, N, D)."""
+        guidance = guidance_at(self.task.cfg_schedule, self.task.guidance, plan.left)
+        how = self.recorded if self.keys is None else self.drawn
+        return how(z.flatten(0, 1), plan, guidance).view(*plan.predicted.shape, -1)
+
+    def recorded(self, z: Tensor, plan: Round, guidance: float) -> Tensor:
+        """With all noise in memory beforehand; z (R N, D), returns (B N, 16)."""
+        channels, steps = self.model.config.head.channels, len(self.table)
+        pairs = list(zip(self.noises, plan.predicted, strict=True))
+        start = torch.cat([noise.head_start(plan.index, at, channels) for noise, at in pairs])
+        noise = torch.cat([noise.head_steps(plan.index, at, channels, steps) for noise, at in pairs], dim=1)
+        return self.model.head.sample(z, start, noise, self.table, self.steps, guidance, self.task.temperature)
+
+    def drawn(self, z: Tensor, plan: Round, guidance: float) -> Tensor:
+        """The same with noise that kernels draw where they use it."""
+        key, position = self.keys.repeat_interleave(plan.predicted.shape[1], dim=0), plan.predicted.flatten()
+        start = token_noise(key, position, Stream.HEAD_START, 1, self.model.config.head.channels)[0]
+        self.coefficients[:, GUIDANCE].fill_(guidance)
+        drawn = Drawn(key, position, Stream.HEAD_STEP)
+        return self.model.head.sample_drawn(z, start, drawn, self.coefficients, self.steps, self.model.graphs)
