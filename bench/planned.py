@@ -23,7 +23,7 @@ def plan_of(engine: Engine, kind: str, prompt: str, res: int, steps: int, images
     side = res // PATCH
     task = Task(kind, side, side, steps, engine.config.guidance, "constant", 1.0, pixels=pixels)
     batch = Batch([prompt] * images, [PhiloxNoise(seed) for seed in range(images)])
-    return dry_run(Loaded(loaded.family, model, loaded.tokens), task, batch)
+    return dry_run(Loaded(loaded.family, model, loaded.tokens, META), task, batch)
 
 
 def report(plan: Plan, rounds: int, milliseconds: dict[str, float], device_name: str, rate: float | None) -> dict:

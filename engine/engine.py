@@ -58,7 +58,7 @@ class Engine:
 
     def __init__(self, family: Verbs, model: nn.Module, tokens: Tokens, name: str, quant: str = "none") -> None:
         """`model` = family.build(config), filled; its parameters say which device and precision are used."""
-        self.loaded: Loaded | None = Loaded(family, model, tokens)
+        self.loaded: Loaded | None = Loaded(family, model, tokens, next(model.parameters()).device)
         self.name, self.config, self.quant = name, self.loaded.config, quant
         self.device, self.dtype = self.loaded.device, self.loaded.dtype
         self.attention, self.max_image_tokens = family.attention_backend(model), family.max_image_tokens(self.config)

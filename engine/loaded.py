@@ -1,5 +1,6 @@
-"""A model in memory: the family's verbs, the filled parts, the tokenizer."""
+"""A model in memory: the family's verbs, the filled parts, the tokenizer, and where the parts lie while it runs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,19 +11,31 @@ from .tokens import Tokens
 from .verbs import Verbs
 
 
+def stay(stage: str) -> None:
+    """All parts are where they are needed, in every stage."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """`enter(stage)` brings what a stage needs; `bands`: pictures are decoded in bands of rows."""
+
+    enter: Callable[[str], None] = stay
+    bands: bool = False
+
+
 @dataclass(frozen=True)
 class Loaded:
+    """`device` is where the model computes; parts that wait for their stage may be elsewhere."""
+
     family: Verbs
     model: nn.Module
     tokens: Tokens
+    device: torch.device
+    placed: Placed = Placed()
 
     @property
     def config(self) -> Any:
         return self.model.config
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -28,7 +28,8 @@ from ..kernels._op import OPERATORS, Operator, recording
 KINDS = {
     "matmul": "mm addmm bmm baddbmm _int_mm convolution",
     "attention": "scaled_dot_product_attention",
-    "norm": "native_layer_norm native_group_norm",
+    "norm": "native_layer_norm native_group_norm _native_batch_norm_legit_no_training native_batch_norm "
+    "cudnn_batch_norm",
     "movement": "copy_ clone _to_copy cat stack repeat index index_put index_put_ index_select gather scatter scatter_ "
     "embedding fill_ zero_ constant_pad_nd upsample_nearest2d zeros ones full arange",
 }

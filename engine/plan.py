@@ -1,7 +1,7 @@
 """What a request needs, before anything loads: the real pipeline on the meta device, counted by a meter.
 
     model = shapes(family, config, recipe, torch.bfloat16, Attention())
-    plan = dry_run(Loaded(family, model, tokens), task, batch)
+    plan = dry_run(Loaded(family, model, tokens, META), task, batch)
     plan.stages["sample"].launches, plan.seconds(gpus.card("rtx4090"))
 
 Counts are those of the Triton path whatever this machine has. A picture at 1024x1024 in 32 rounds takes some seconds
@@ -9,7 +9,7 @@ of one CPU core: every round is run, but of its denoising steps only one chunk o
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
@@ -44,7 +44,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """`parts`: bytes of each part's weights. `calls`: every operation, and how often."""
+    """`parts`: bytes of each part's weights. `calls`: every operation and how often, of `sample` or `sample/llm`."""
 
     stages: dict[str, Stage]
     parts: dict[str, int]
@@ -53,10 +53,24 @@ class Plan:
     def seconds(self, card: Card) -> dict[str, float]:
         """The roofline of each stage: the sum over its operations of arithmetic or memory, and of their launches."""
         found = dict.fromkeys(self.stages, 0.0)
-        for call, times in self.calls.items():
-            one = card.seconds(call.kind, call.precision, call.flop, call.nbytes, call.launches)
-            found[call.stage] += times * one
+        for stage, _, seconds in self._timed(card):
+            found[stage] += seconds
         return found
+
+    def shares(self, card: Card) -> dict[str, dict[str, float]]:
+        """Of each stage, the seconds in each stack."""
+        found: dict[str, dict[str, float]] = {stage: {} for stage in self.stages}
+        for stage, stack, seconds in self._timed(card):
+            if stack:
+                found[stage][stack] = found[stage].get(stack, 0.0) + seconds
+        return found
+
+    def _timed(self, card: Card) -> Iterator[tuple[str, str, float]]:
+        """(stage, stack or nothing, seconds) of each kind of call."""
+        for call, times in self.calls.items():
+            stage, _, stack = call.stage.partition("/")
+            one = card.seconds(call.kind, call.precision, call.flop, call.nbytes, call.launches)
+            yield stage, stack, times * one
 
 
 def shapes(family: Verbs, config: Any, recipe: Recipe, dtype: torch.dtype, attend: Attention) -> nn.Module:
@@ -69,11 +83,19 @@ def dry_run(loaded: Loaded, task: Task, batch: Batch) -> Plan:
     meter, model = Meter(), loaded.model
     watch = Watch(lambda event: None, CancelToken(), preview_every=0)
     part, method = loaded.family.repeated
-    with torch.inference_mode(), once(meter, getattr(model, part), method), meter:
+    counted = once(meter, getattr(model, part), method), by_stack(meter, model, loaded.family.stacks)
+    with torch.inference_mode(), counted[0], counted[1], meter:
         run_batch(loaded, task, batch, None, StageClock(meter), watch)
-    totals = {stage: meter.total(stage=stage) for stage in meter.peaks if stage}
-    stages = {name: Stage(meter.peaks[name], t.flop, t.nbytes, t.launches) for name, t in totals.items()}
+    stages = {name: total(meter, name) for name in meter.peaks if name and "/" not in name}
     return Plan(stages, {name: nbytes(child) for name, child in model.named_children()}, meter.calls)
+
+
+def total(meter: Meter, stage: str) -> Stage:
+    """Of a stage with its stacks."""
+    names = [name for name in meter.peaks if name.partition("/")[0] == stage]
+    found = [meter.total(stage=name) for name in names]
+    sums = (sum(getattr(one, field) for one in found) for field in ("flop", "nbytes", "launches"))
+    return Stage(max(meter.peaks[name] for name in names), *sums)
 
 
 def nbytes(module: nn.Module) -> int:
@@ -91,6 +113,27 @@ class StageClock:
     def stage(self, name: str) -> Iterator[None]:
         self.meter.stage = name
         yield
+
+
+@contextmanager
+def by_stack(meter: Meter, model: nn.Module, stacks: Sequence[str]) -> Iterator[None]:
+    """Inside, what a stack's forward pass does counts under `stage/stack`."""
+
+    def begin(name: str, *_: Any) -> None:
+        meter.stage = f"{meter.stage}/{name}"
+
+    def end(*_: Any) -> None:
+        meter.stage = meter.stage.partition("/")[0]
+
+    hooks = []
+    for name in stacks:
+        part = model.get_submodule(name)
+        hooks += [part.register_forward_pre_hook(partial(begin, name)), part.register_forward_hook(end)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -26,7 +26,9 @@ class Reader:
             self.family.check_question(loaded.config, self.tokens, side * side, r.question, r.max_new_tokens)
             for r in requests
         ]
+        self.placed = loaded.placed
         with clock.stage("condition"):
+            self.placed.enter("condition")
             pixels = ask_pixels(image, requests[0].res, loaded.device, loaded.dtype)
             self.cache = self.family.look_to_answer(self.model, self.tokens, pixels, side, side, spare=max(room))
 
@@ -49,6 +51,7 @@ class Reader:
             while True:
                 cancel.check()
                 with self.clock.stage("answer"), true_float32():
+                    self.placed.enter("answer")
                     token = next(ids, None)
                 if token is None:
                     return

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,22 +87,26 @@ class Made:
 @true_float32()
 def run_batch(loaded: Loaded, task: Task, batch: Batch, reuse: Any, clock: Clock, watch: Watch) -> Made:
     """One batch; on the meta device too, where it costs nothing and makes nothing."""
-    family, model = loaded.family, loaded.model
+    family, model, placed = loaded.family, loaded.model, loaded.placed
+    decode = partial(family.decode, model, rows=task.rows, columns=task.columns, bands=placed.bands)
     watch.cancel.check()
     with clock.stage("condition"):
+        placed.enter("condition")
         conditions = family.condition(model, loaded.tokens, task, batch, reuse)
     watch.observe(Event("condition"))
     rounds = plan_rounds(task, batch).to(clock.device)
     pacer, total = Pacer(clock.device), len(rounds.rounds)
     with clock.stage("sample"):
+        placed.enter("sample")
         for done, latents in enumerate(family.sample(model, conditions, task, batch, rounds), 1):
             pacer.tick()
             shown = watch.preview_every and done % watch.preview_every == 0 and done < total
-            previews = to_images(to_levels(family.decode(model, latents, task.rows, task.columns))) if shown else ()
+            previews = to_images(to_levels(decode(latents))) if shown else ()
             watch.observe(Event("sample", done, total, previews=tuple(previews)))
             watch.cancel.check()
     with clock.stage("decode"):
-        pixels = family.decode(model, latents, task.rows, task.columns)
+        placed.enter("decode")
+        pixels = decode(latents)
         return Made(to_levels(pixels), pixels.isfinite().all(), conditions)
 
 

@@ -16,6 +16,8 @@ class Verbs(Protocol):
 
     IMAGE: str  # the placeholder of image features in a prompt
     needs: Mapping[str, Sequence[str]]  # stage -> the parts of the model it runs
+    lookups: Mapping[str, Sequence[str]]  # stage -> tables among them of which it only looks up rows
+    stacks: Sequence[str]  # parts whose layers run one after the other, once a pass
     repeated: tuple[str, str]  # (part, method) whose cost depends on nothing but shapes, and that runs very often
 
     def build(self, config: Any, attend: Attention | None = None) -> nn.Module: ...
@@ -23,7 +25,7 @@ class Verbs(Protocol):
     # Pictures.
     def condition(self, model: Any, tokens: Tokens, task: Task, batch: Batch, reuse: Any = None) -> Any: ...
     def sample(self, model: Any, conditions: Any, task: Task, batch: Batch, rounds: Rounds) -> Iterator[Tensor]: ...
-    def decode(self, model: Any, tokens: Tensor, rows: int, columns: int) -> Tensor: ...
+    def decode(self, model: Any, tokens: Tensor, rows: int, columns: int, bands: bool = False) -> Tensor: ...
 
     # Questions: one cache that holds the picture, continued by a question and its answer.
     def look_to_answer(

@@ -10,7 +10,7 @@ from unipic_run.engine.layers.attention import Attention
 from unipic_run.engine.loaded import Loaded
 from unipic_run.engine.meter import Meter
 from unipic_run.engine.noise import PhiloxNoise
-from unipic_run.engine.plan import StageClock, dry_run, nbytes, shapes
+from unipic_run.engine.plan import META, StageClock, by_stack, dry_run, nbytes, shapes
 from unipic_run.engine.request import CancelToken
 from unipic_run.engine.run import Watch, run_batch
 from unipic_run.engine.task import Batch, Task
@@ -26,7 +26,7 @@ def load(tiny_release):
 
     def get(config, scheme="none", attention="sdpa"):
         recipe = families.recipe("unipic", scheme)
-        return Loaded(family, shapes(family, config, recipe, torch.bfloat16, Attention(attention)), tokens)
+        return Loaded(family, shapes(family, config, recipe, torch.bfloat16, Attention(attention)), tokens, META)
 
     return get
 
@@ -36,12 +36,15 @@ def test_steps_that_are_counted_once_count_as_often_as_they_run(load, tiny_relea
     loaded = load(replace(config, head=replace(config.head, steps=25)))
     task = Task("generate", 4, 4, steps=3, guidance=3.0, cfg_schedule="constant", temperature=1.0)
     plan, meter = dry_run(loaded, task, BATCH), Meter()
-    with torch.inference_mode(), meter:
+    with torch.inference_mode(), by_stack(meter, loaded.model, loaded.family.stacks), meter:
         run_batch(loaded, task, BATCH, None, StageClock(meter), Watch(lambda event: None, CancelToken(), 0))
-    assert plan.calls == meter.calls and plan.stages["sample"].peak_bytes == meter.peaks["sample"]
+    assert plan.calls == meter.calls
+    assert plan.stages["sample"].peak_bytes == max(b for name, b in meter.peaks.items() if name.startswith("sample"))
     assert loaded.model.head.advance.__func__ is type(loaded.model.head).advance
     assert plan.parts["llm"] == nbytes(loaded.model.llm) > 0
     seconds = plan.seconds(gpus.card("rtx4090"))
+    shares = plan.shares(gpus.card("rtx4090"))["sample"]
+    assert set(shares) == set(loaded.family.stacks) and 0 < sum(shares.values()) < seconds["sample"]
     assert set(seconds) == set(plan.stages) == {"condition", "sample", "decode"} and min(seconds.values()) > 0
 
 

@@ -85,9 +85,9 @@ class MarDecoder(nn.Module):
         caller has it already. The last block computes only the predicted rows.
         """
         x = place_tokens(self.embed(x), visible, base, position, source)  # (R, buffer + n, D)
-        for block in self.blocks[:-1]:
-            x = block(x)
-        x = self.blocks[-1](x, only=predicted + self.buffer)  # (R, N, D)
+        last = len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):  # in order and once, as streamed layers come
+            x = block(x, only=predicted + self.buffer if index == last else None)
         return add_positions(self.norm(x), predicted, diffusion_position)
 
 

@@ -9,6 +9,7 @@ N tokens predicted in a round, D MAR width, H LLM width, S prompt length.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from ...layers.attention import Attention
 from ...layers.linear import Linear, logits
 from ...layers.qwen2 import Qwen2
 from ...layers.vae import VAEDecoder, VAEEncoder
+from ...layers.vae_bands import decode_in_bands
 from ...schedules import Rounds
 from ...task import Batch, Task
 from ...tokens import Tokens
@@ -30,6 +32,9 @@ from .mar import MarDecoder, MarEncoder, all_visible, buffers_first, buffers_las
 from .prompts import IMAGE, turn, unconditional_turn
 from .sampler import Sampler
 
+# Of what a stage needs: tables of which it only looks up rows, and stacks whose layers are gone through in order.
+lookups = {"condition": ("embed",)}
+stacks = ("llm", "mar_encoder", "mar_decoder")
 needs = {
     "encode": ("vae_encoder", "mar_encoder", "proj_in"),
     "condition": ("embed", "llm"),
@@ -170,7 +175,7 @@ def read_image(model: UniPic, tokens: Tokens, features: Tensor, spare: int = 0) 
     `spare` positions are left for what follows.
     """
     start = tokens.encode(turn("edit", "").partition(IMAGE)[0])
-    x = torch.cat([model.embed(as_row(start, features)), features], dim=1)
+    x = torch.cat([model.embed(as_row(start, model.embed.weight)), features], dim=1)
     cache = new_cache(model, x.shape[1] + spare, features)
     model.llm.extend(x, cache)
     return cache
@@ -178,10 +183,10 @@ def read_image(model: UniPic, tokens: Tokens, features: Tensor, spare: int = 0) 
 
 def prefill(model: UniPic, tokens: Tokens, text: str, seen: KVCache | None) -> KVCache:
     """The cache of one prompt; with `seen`, only what follows the image is computed."""
-    weight = model.embed.weight
     ids = tokens.encode(text if seen is None else text.partition(IMAGE)[2])
-    cache = new_cache(model, len(ids), weight, base=seen)
-    model.llm.extend(model.embed(as_row(ids, weight)), cache)
+    x = model.embed(as_row(ids, model.embed.weight))
+    cache = new_cache(model, len(ids), x, base=seen)
+    model.llm.extend(x, cache)
     return cache
 
 
@@ -226,11 +231,13 @@ def sample(model: UniPic, conditions: Conditions, task: Task, batch: Batch, roun
         yield tokens
 
 
-def decode(model: UniPic, tokens: Tensor, rows: int, columns: int) -> Tensor:
+def decode(model: UniPic, tokens: Tensor, rows: int, columns: int, bands: bool = False) -> Tensor:
     """Latent tokens (B, n, 16) to pixels (B, 16 rows, 16 columns, 3), about [-1, 1], one image at a time.
 
-    The widest maps of the VAE take about 1 GiB an image at 1024x1024 in bfloat16: a batch must not multiply that.
+    The widest maps of the VAE take 1.25 GiB an image at 1024x1024 in bfloat16, and a batch must not multiply that;
+    in `bands` of rows a third of it, for a quarter more work.
     """
     latents = (tokens / model.config.vae_scale).transpose(1, 2).unflatten(2, (rows, columns))
-    pixels = torch.cat([model.vae_decoder(image) for image in latents.split(1)])
+    whole = partial(decode_in_bands, model.vae_decoder) if bands else model.vae_decoder
+    pixels = torch.cat([whole(image) for image in latents.split(1)])
     return pixels.permute(0, 2, 3, 1)
