@@ -14,14 +14,10 @@ from ..engine.tokens import Tokens
 from .data import Shard, ask_about
 from .phrases import phrase
 from .plans import JointPlan
-from .samples import Sample
-from .scenes import Group, Scene, Spec
-from .split import held_out
 from .tokenizer import END
 from .train_vae import Autoencoder
 
 DROPPED = 0.1  # share of prompts replaced by the unconditional one
-DENSE = 0.4  # share of prompts that tell all of a picture
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ class Draw:
 
     def pictures(self, count: int) -> Pictures:
         shard, chosen = self._chosen("samples", count)
-        texts = [turn("generate", phrase(self._said_of(shard.samples[i]), self.rng)) for i in chosen]
+        texts = [turn("generate", phrase(shard.samples[i].spec, self.rng)) for i in chosen]
         words = self._words(self._dropped(texts, "generate"))
         return Pictures(self._up(shard.latents[chosen]), words, self._up(shard.labels[chosen]))
 
@@ -98,11 +94,6 @@ class Draw:
         shard = self.shards[int(self.rng.integers(len(self.shards)))]
         return shard, self.rng.choice(len(getattr(shard, what)), count, replace=False).tolist()
 
-    def _said_of(self, drawn: Sample) -> Spec:
-        """The sample's own spec or, so that words tell more of a picture, one that places every object."""
-        full = whole(drawn.scene)
-        return full if self.rng.random() < DENSE and not held_out(full) else drawn.spec
-
     def _dropped(self, texts: list[str], kind: str) -> list[str]:
         gone = self.rng.random(len(texts)) < DROPPED
         return [unconditional_turn(kind, None) if g else text for g, text in zip(gone, texts, strict=True)]
@@ -113,12 +104,6 @@ class Draw:
 
     def _up(self, x: Tensor) -> Tensor:
         return x.to(self.device)
-
-
-def whole(scene: Scene) -> Spec:
-    """All of a scene but jitter."""
-    groups = (Group(figure.shape, figure.colour, figure.size, 1, figure.place) for figure in scene.figures)
-    return Spec(tuple(groups), None, scene.background)
 
 
 def words_of(tokens: Tokens, texts: Sequence[str], answers: Sequence[str] | None = None) -> Words:

@@ -29,13 +29,13 @@ class JointPlan:
     hint_weights: tuple[float, float]  # at the first step and at the last, linear between
     words_first: int  # steps with every token masked, before steps with other shares
     pictures: int = 28  # a step
-    edits: int = 6
-    answers: int = 8
+    edits: int = 6  # every other step
+    answers: int = 8  # the steps between
     rate: float = 1e-3  # AdamW's
     matrix_rate: float = 0.005  # Muon's; at 0.02 the prompt was never used
     decay: float = 0.35
     shard: Sizes = Sizes(scenes=256, edits=160)
-    shards: int = 32  # in use at a time, once there are so many
+    shards: int = 12  # in use at a time, once there are so many
     first_shards: int = 4
     fresh_every: int = 120  # steps between new ones
 

@@ -7,7 +7,7 @@ from numpy.random import Generator
 
 from .layout import lay_out, pick
 from .phrases import phrase
-from .scenes import BACKGROUNDS, COLOURS, MOST, PLACES, RELATIONS, SHAPES, SIZES, Group, Scene, Spec
+from .scenes import BACKGROUNDS, COLOURS, MOST, PLACES, RELATIONS, SHAPES, SIZES, Group, Scene, Spec, exact
 from .split import held_out
 
 Split = Literal["train", "test"]
@@ -27,13 +27,19 @@ class Sample:
 
 
 def sample(rng: Generator, category: str, split: Split) -> Sample:
-    """One sample of a category. A training sample neither names nor shows what is held out, a test one names it."""
+    """One sample of a category. A training sample neither names nor shows what is held out, a test one names it.
+
+    A "scene" stands anywhere, and its prompt says everything.
+    """
+    free = category == "scene"
     while True:
         spec = propose(rng, category)
-        if held_out(spec) is not (split == "test"):
+        if not free and held_out(spec) is not (split == "test"):
             continue
-        scene = lay_out(spec, rng)
+        scene = lay_out(spec, rng, compose=not free)
         if scene is None or (split == "train" and held_out(scene)):
+            continue
+        if free and held_out(spec := exact(scene)) is not (split == "test"):
             continue
         return Sample(category, phrase(spec, rng), spec, scene)
 
@@ -65,7 +71,7 @@ def propose(rng: Generator, category: str) -> Spec:
 def any_scene(rng: Generator) -> Scene:
     """One to four objects, as edits and questions use them; from either side of the split."""
     while True:
-        scene = lay_out(propose(rng, "scene"), rng)
+        scene = lay_out(propose(rng, "scene"), rng, compose=False)
         if scene is not None:
             return scene
 

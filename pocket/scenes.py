@@ -33,7 +33,7 @@ BACKGROUNDS: dict[str, RGB] = {
     "beige": (228, 208, 172),
     "teal": (8, 106, 98),
 }
-SIZES = {"small": (11.0, 13.0), "large": (18.0, 21.0)}  # radius of a circle, from, to; the others look as large
+SIZES = {"small": (11.5, 12.5), "large": (18.5, 20.0)}  # radius of a circle, from, to; the others look as large
 SIZE_BORDER = 15.5
 REACH = {
     "circle": 1.0,
@@ -43,8 +43,9 @@ REACH = {
     "ring": 1.05,
     "cross": 1.23,
 }  # furthest point, radii
-# Nine places, (column, row). Centres are painted inside a band and judged by the borders between the bands.
-BANDS = ((0.0, 42.0), (52.0, 76.0), (86.0, 128.0))
+# Nine places, (column, row). Centres are painted inside a narrow band, so that a small model can learn where things
+# stand, and judged by the borders between the bands.
+BANDS = ((24.0, 29.0), (61.5, 66.5), (99.0, 104.0))
 BORDERS = (47.0, 81.0)
 PLACES = {
     "top left": (0, 0),

@@ -111,17 +111,17 @@ def sit(
 ) -> bool:
     """Train until the plan or the minutes are over, saving now and then; whether the plan is done."""
     start = shown = saved = time.monotonic()
-    first, sums, count = run.step, {}, 0
+    first, sums = run.step, {}
     while run.step < run.plan.steps and time.monotonic() - start < 60 * minutes:
         losses = losses_of(run.step)
         run.advance(losses)
-        count += 1
         for name, value in losses.items():
-            sums[name] = sums.get(name, 0.0) + float(value.detach())
+            total, count = sums.get(name, (0.0, 0))
+            sums[name] = total + float(value.detach()), count + 1
         now = time.monotonic()
         if now - shown > SHOW_EVERY or run.step == run.plan.steps:
-            print(_line(run, sums, count, (now - start) / (run.step - first)), flush=True)
-            shown, sums, count = now, {}, 0
+            print(_line(run, sums, (now - start) / (run.step - first)), flush=True)
+            shown, sums = now, {}
         if now - saved > SAVE_EVERY:
             run.save()
             saved = now
@@ -131,7 +131,7 @@ def sit(
     return run.step >= run.plan.steps
 
 
-def _line(run: Run, sums: dict[str, float], count: int, pace: float) -> str:
-    means = "  ".join(f"{name} {value / count:.4f}" for name, value in sums.items())
+def _line(run: Run, sums: dict[str, tuple[float, int]], pace: float) -> str:
+    means = "  ".join(f"{name} {total / count:.4f}" for name, (total, count) in sums.items())
     left = (run.plan.steps - run.step) * pace / 60
     return f"step {run.step}/{run.plan.steps}  {means}  rate x{run.share:.2f}  {pace:.2f} s/step  {left:.0f} min left"

@@ -45,22 +45,24 @@ def initialise(joint: Joint, seed: int) -> None:
 
 
 def joint_losses(joint: Joint, tokens: Tokens, plan: JointPlan, draw: Draw, step: int) -> Losses:
-    """The sum over the three tasks, and its parts."""
+    """The sum over pictures and, by turns, edits or answers, and its parts."""
     noise = generator(plan.seed, step)
     model, hints, losses = joint.model, joint.hints, {}
-    made = picture_losses(model, hints, tokens, draw.pictures(plan.pictures), masked_share(step, plan.words_first), noise)
+    made = picture_losses(
+        model, hints, tokens, draw.pictures(plan.pictures), masked_share(step, plan.words_first), noise
+    )
     first, last = plan.hint_weights
     hint_weight = first + (last - first) * step / plan.steps
     total = made["noise"] + VARIANCE_WEIGHT * made["variance"] + hint_weight * made["hint"]
     losses |= made
-    if plan.edits:
+    if step % 2:
         share = masked_share(step + EDIT_SHIFT / 0.6180339887, plan.words_first)
         edited = picture_losses(model, hints, tokens, draw.edits(plan.edits), share, noise)
-        total = total + (edited["noise"] + VARIANCE_WEIGHT * edited["variance"]) * plan.edits / plan.pictures
+        total = total + 2 * (edited["noise"] + VARIANCE_WEIGHT * edited["variance"]) * plan.edits / plan.pictures
         losses["edit"] = edited["noise"]
-    if plan.answers:
+    else:
         losses |= answer_losses(model, tokens, draw.answers(plan.answers))
-        total = total + 0.1 * losses["answer"]
+        total = total + 0.2 * losses["answer"]
     return {"loss": total} | {name: value.detach() for name, value in losses.items()}
 
 

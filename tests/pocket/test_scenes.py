@@ -1,12 +1,13 @@
 """Prompts, scenes and their split: what is asked holds, seeds decide, and training keeps off what is held out."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 from math import dist
 
 import numpy as np
 import pytest
-from unipic_run.pocket.layout import EDGE, GAP
+from unipic_run.pocket.layout import EDGE, GAP, lay_out
 from unipic_run.pocket.painter import paint
 from unipic_run.pocket.samples import CATEGORIES, propose, sample
 from unipic_run.pocket.scenes import (
@@ -101,8 +102,31 @@ def test_one_prompt_has_many_pictures():
         if s.spec == Spec((Group("circle"),))
     ]
     looks = [scene.figures[0].look for scene in circles]
-    assert len({look[1] for look in looks}) == len(COLOURS) and len({look[3] for look in looks}) == len(PLACES)
+    held = {colour for colour in COLOURS if held_out_combination(("circle", colour, "middle", 1))}
+    assert {look[1] for look in looks} == set(COLOURS) - held and {look[3] for look in looks} == {"middle"}
     assert {scene.background for scene in circles} == set(BACKGROUNDS)
+    spots = np.array([(scene.figures[0].x, scene.figures[0].y, scene.figures[0].radius) for scene in circles])
+    assert (np.ptp(spots, axis=0) > (3, 3, 1)).all()
+
+
+def test_a_composition_follows_the_order_of_the_prompt():
+    rng = np.random.default_rng(0)
+    ring, star, cross = Group("ring"), Group("star", place="left"), Group("cross", count=2)
+
+    def places(*groups, relation=None):
+        scene = lay_out(Spec(groups, relation), rng, compose=True)
+        return [(figure.shape, figure.place) for figure in scene.figures]
+
+    assert places(ring, replace(star, place=None)) == [("ring", "left"), ("star", "right")]
+    assert places(ring, star) == [("ring", "right"), ("star", "left")]
+    assert places(ring, cross, relation="above") == [
+        ("ring", "top"),
+        ("cross", "bottom left"),
+        ("cross", "bottom right"),
+    ]
+    assert {size for scene in [lay_out(Spec((cross, ring)), rng, True)] for *_, size, _ in [scene.figures[0].look]} == {
+        "small"
+    }
 
 
 def circle(x, y, colour="red", shape="circle", radius=12.0):
