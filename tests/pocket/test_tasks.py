@@ -49,7 +49,8 @@ def test_an_edit_changes_what_it_says_and_nothing_else(drawn_edits):
         assert edit.source.shade == edit.target.shade and set(edit.kept) == before & after
         if gone and new:
             differs = {"recolour": {"colour"}, "move": {"x", "y"}, "swap": {"shape"}}[edit.kind]
-            assert {name for name in vars(gone[0]) if getattr(gone[0], name) != getattr(new[0], name)} == differs
+            found = {name for name in vars(gone[0]) if getattr(gone[0], name) != getattr(new[0], name)}
+            assert found and found <= differs  # two places may share a row or a column
         if edit.kind == "background":
             assert edit.target.background in words(edit.instruction.replace("grey", "gray"))
         if edit.kind == "recolour":
