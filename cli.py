@@ -62,6 +62,7 @@ def gen(
     dtype: o.Dtype = None,
     quant: o.Quant = None,
     attn: o.Attn = "auto",
+    vram: o.Vram = None,
     exact_rope: o.ExactRope = None,
     revision: o.Revision = None,
     offline: o.Offline = False,
@@ -84,7 +85,7 @@ def gen(
     _hint(terminal, asked.get("model"), prompts)
     order = Order("generate", tuple(prompts), sampling, a.given(size=shape and f"{shape[0]}x{shape[1]}"))
     saving = {"target": output, "overwrite": overwrite, "metadata": not no_metadata}
-    loading = a.loading(asked, device=device, attention=attn, revision=revision, offline=offline)
+    loading = a.loading(asked, device=device, attention=attn, vram=vram, revision=revision, offline=offline)
     make_pictures(terminal, order, saving, loading, size=shape)
 
 
@@ -111,6 +112,7 @@ def edit(
     dtype: o.Dtype = None,
     quant: o.Quant = None,
     attn: o.Attn = "auto",
+    vram: o.Vram = None,
     exact_rope: o.ExactRope = None,
     revision: o.Revision = None,
     offline: o.Offline = False,
@@ -138,7 +140,7 @@ def edit(
     _hint(terminal, model, prompts)
     order = Order("inpaint" if {"mask", "outpaint"} & {*where} else "edit", tuple(prompts), sampling, a.given(fit=fit))
     saving = {"target": output, "overwrite": overwrite, "metadata": not no_metadata}
-    loading = a.loading(asked, device=device, attention=attn, revision=revision, offline=offline)
+    loading = a.loading(asked, device=device, attention=attn, vram=vram, revision=revision, offline=offline)
     make_pictures(terminal, order, saving, loading, image=picture, res=res, **where)
 
 
@@ -157,6 +159,7 @@ def ask(
     dtype: o.Dtype = None,
     quant: o.Quant = None,
     attn: o.Attn = "auto",
+    vram: o.Vram = None,
     exact_rope: o.ExactRope = None,
     revision: o.Revision = None,
     offline: o.Offline = False,
@@ -171,7 +174,7 @@ def ask(
         AskRequest(text, PATCH if res is None else res, **how, seed=seed or 0)  # refuses before a model is loaded
     _hint(terminal, model, questions)
     asked = a.given(model=model, dtype=dtype, quant=quant, exact_rope=exact_rope)
-    loading = a.loading(asked, device=device, attention=attn, revision=revision, offline=offline)
+    loading = a.loading(asked, device=device, attention=attn, vram=vram, revision=revision, offline=offline)
     with open_engine(terminal, loading) as engine:
         if len(questions) == 1 and not as_json:
             terminal.stream(engine.ask(picture, questions[0], res=res, seed=seed, stream=True, **how))

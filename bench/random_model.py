@@ -57,10 +57,11 @@ def random_engine(
     place, precision, family = as_device(device), DTYPES[dtype], families.model("unipic")
     tokens, config = any_tokens(tokenizer, family.IMAGE), architecture(model)
     config = replace(config, image_token=tokens.tokenizer.token_to_id(family.IMAGE), eos_token=NEVER)
-    module = shapes(family, config, families.recipe("unipic", quant), precision, resolve(attention, place, precision))
+    recipe = families.recipe("unipic", quant)
+    module = shapes(family, config, recipe, precision, resolve(attention, place, precision))
     module = module.to_empty(device=place).requires_grad_(False).eval()
     fill(module)
-    return Engine(family, module, tokens, f"{model} with random weights", quant)
+    return Engine(family, module, tokens, f"{model} with random weights", recipe)
 
 
 def any_tokens(tokenizer: Path, image_text: str) -> Tokens:

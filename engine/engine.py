@@ -5,9 +5,10 @@ One call at a time: a lock makes threads wait for each other, and a streamed ans
 
 import os
 import secrets
+import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,19 +19,22 @@ from PIL import Image
 from torch import nn
 
 from .. import __version__
+from ..quant.recipe import NONE, Recipe
 from . import families, hub, weights
 from .checkpoint.manifest import Progress
 from .device import as_device, as_dtype, dtype_name, memory_peak, out_of_memory, reset_memory_peak
-from .errors import UsageError
+from .errors import UnipicWarning, UsageError
 from .layers.attention import resolve
 from .loaded import Loaded
 from .lock import CallLock
-from .making import Job, jobs_of, make_images
+from .making import GPU_BATCH, Job, Room, jobs_of, make_images
 from .noise import Noise
 from .picture import open_image, open_mask
+from .placing import Placing, as_vram, budget_on
 from .prepare import Defaults, Finish, edit_task, generate_task, note_doubts
 from .reading import Reader
 from .request import (
+    PATCH,
     Answer,
     AskOptions,
     AskRequest,
@@ -39,6 +43,7 @@ from .request import (
     Event,
     GenerateRequest,
     Result,
+    Sampling,
     SamplingOptions,
     as_margins,
     as_prompts,
@@ -56,10 +61,25 @@ ImageSource = Image.Image | str | os.PathLike[str] | bytes  # bytes: an encoded 
 class Engine:
     """A loaded model. `Engine.from_pretrained` is the usual way to get one; use it as a context manager."""
 
-    def __init__(self, family: Verbs, model: nn.Module, tokens: Tokens, name: str, quant: str = "none") -> None:
-        """`model` = family.build(config), filled; its parameters say which device and precision are used."""
-        self.loaded: Loaded | None = Loaded(family, model, tokens, next(model.parameters()).device)
-        self.name, self.config, self.quant = name, self.loaded.config, quant
+    def __init__(
+        self,
+        family: Verbs,
+        model: nn.Module,
+        tokens: Tokens,
+        name: str,
+        recipe: Recipe = NONE,
+        device: torch.device | None = None,
+        budget: int | None = None,
+    ) -> None:
+        """`model` = family.build(config), filled, with the recipe's layers; its parameters say which precision is used.
+
+        `device`: where it computes, by default where it is. `budget`: bytes that its weights and activations may take
+        there; what does not fit waits in the host's memory.
+        """
+        place = device or next(model.parameters()).device
+        self.loaded: Loaded | None = Loaded(family, model, tokens, place)
+        self.placing = None if budget is None else Placing(self.loaded, recipe, budget)
+        self.name, self.config, self.quant = name, self.loaded.config, recipe.scheme
         self.device, self.dtype = self.loaded.device, self.loaded.dtype
         self.attention, self.max_image_tokens = family.attention_backend(model), family.max_image_tokens(self.config)
         self.defaults = Defaults(self.config.rounds, self.config.guidance)
@@ -75,6 +95,7 @@ class Engine:
         dtype: str | torch.dtype = "auto",
         quant: str | None = None,
         attention: str = "auto",
+        vram: float | str | None = None,
         exact_rope: bool = False,
         revision: str | None = None,
         offline: bool = False,
@@ -85,8 +106,9 @@ class Engine:
 
         device: auto, cpu, cuda, cuda:N. dtype: auto (bfloat16 on CUDA, float32 on the CPU), bf16, fp16, fp32.
         quant: none, int8, bnb8, nf4 (the last two through bitsandbytes); by default as the checkpoint is stored.
-        attention: auto, sdpa, int8-qk, flash-attn, xformers. exact_rope: keep rotary frequencies in float32, which the
-        released scripts round to bfloat16. Raises UsageError, ModelMissingError, CorruptWeightsError,
+        attention: auto, sdpa, int8-qk, flash-attn, xformers. vram: GiB of the GPU that may be used, its CUDA context
+        included; weights that do not fit come when they are needed. exact_rope: keep rotary frequencies in float32,
+        which the released scripts round to bfloat16. Raises UsageError, ModelMissingError, CorruptWeightsError,
         UnsupportedDeviceError, BudgetError. `on_progress(doing, done, total)` counts bytes, `say` gets a sentence
         before anything slow.
         """
@@ -94,6 +116,7 @@ class Engine:
         precision = as_dtype(dtype, place)
         scheme = weights.as_scheme(quant)
         attend = resolve(attention, place, precision)
+        budget = None if vram is None else budget_on(place, as_vram(vram))
         folder = hub.resolve(model, revision=revision, offline=offline, on_progress=on_progress, say=say)
         row, config = families.read(folder)
         family = families.model(row.name)
@@ -102,12 +125,13 @@ class Engine:
         recipe = families.recipe(row.name, scheme or weights.stored_scheme(folder))
         with out_of_memory("loading the model"):
             build = partial(family.build, config, attend)
-            module = weights.assemble(build, recipe, folder, place, precision, on_progress)
+            first = place if budget is None else torch.device("cpu")  # from where they go to their places
+            module = weights.assemble(build, recipe, folder, first, precision, on_progress)
         tokens = Tokens(folder / "tokenizer.json", family.IMAGE, config.image_token)
         # A folder is named without its path: names end up in pictures that are passed on.
         named = model in families.short_names() or not Path(model).expanduser().is_dir()
         name = os.fspath(model) if named else folder.name
-        return cls(family, module.eval().requires_grad_(False), tokens, name, recipe.scheme)
+        return cls(family, module.eval().requires_grad_(False), tokens, name, recipe, place, budget)
 
     def __enter__(self) -> "Engine":
         return self
@@ -121,7 +145,7 @@ class Engine:
             with suppress(ValueError):  # another thread is just reading it: wait for its next piece below
                 stream.close()
         with self.lock:
-            self.loaded = None
+            self.loaded = self.placing = None
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -230,6 +254,7 @@ class Engine:
     def _answers(self, picture: Image.Image, requests: Sequence[AskRequest], cancel: CancelToken) -> list[Answer]:
         with self._working("answering") as loaded:
             clock, answers = Clock(self.device), []
+            loaded = self._to_answer(loaded, requests)
             reader = Reader(loaded, picture, requests, clock)
             for request in requests:
                 ids = tuple(reader.answer(request, cancel))
@@ -248,7 +273,7 @@ class Engine:
     def _stream(self, picture: Image.Image, request: AskRequest, cancel: CancelToken) -> Generator[str]:
         # The lock is taken when reading begins; it goes when the generator ends, is closed, or is collected.
         with self._working("answering") as loaded:
-            reader = Reader(loaded, picture, [request], Clock(self.device))
+            reader = Reader(self._to_answer(loaded, [request]), picture, [request], Clock(self.device))
             text = loaded.tokens.stream()
             for token in reader.answer(request, cancel):
                 if piece := text.push(token):
@@ -278,9 +303,12 @@ class Engine:
                 size = f"{image.width}x{image.height}"
                 return self._settings(task.kind, prompt=job.prompt, seed=job.seed, size=size, **how)
 
-            images = make_images(
-                loaded, task, jobs, request.sampling, clock, cancel or CancelToken(), finish, describe, on_event
-            )
+            sampling, room, less = request.sampling, (loaded, self._at_once(request.sampling)), None
+            if self.placing:
+                prompts, previews = [job.prompt for job in jobs], bool(sampling.preview_every)
+                room, less = self.placing.pictures(task, prompts, room[1], previews), self._less
+            how_seen = (cancel or CancelToken(), finish, describe, on_event)
+            images = make_images(room, less, task, jobs, sampling.preview_every, clock, *how_seen)
             return Result(
                 images=tuple(images),
                 seeds=tuple(job.seed for job in jobs),
@@ -290,6 +318,22 @@ class Engine:
                 attention=self.attention,
             )
 
+    def _to_answer(self, loaded: Loaded, requests: Sequence[AskRequest]) -> Loaded:
+        """The model as it lies for questions about one picture."""
+        if self.placing is None:
+            return loaded
+        longest = max((request.question for request in requests), key=len)
+        return self.placing.answers(requests[0].res // PATCH, longest, max(r.max_new_tokens for r in requests))
+
+    def _at_once(self, sampling: Sampling) -> int:
+        return sampling.batch_size or (GPU_BATCH if self.device.type == "cuda" else 1)
+
+    def _less(self) -> Room:
+        """The model placed in less memory than was not enough, and a word about it."""
+        room = self.placing.less()
+        warnings.warn(f"out of memory: going on with {self.placing.line}", UnipicWarning, stacklevel=4)
+        return room
+
     @contextmanager
     def _working(self, doing: str) -> Iterator[Loaded]:
         """Alone on the engine, counting memory, and failing as a UnipicError when memory runs out."""
@@ -297,7 +341,8 @@ class Engine:
             if self.loaded is None:
                 raise UsageError("this engine is closed", "load it again with Engine.from_pretrained")
             reset_memory_peak(self.device)
-            yield self.loaded
+            with self.placing.running() if self.placing else nullcontext():
+                yield self.loaded
 
     def _settings(self, task: str, **what: Any) -> dict[str, Any]:
         """What a PNG and `--json` tell about an image or an answer; fields that were not set are left out."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from PIL import Image
 
-from .device import dtype_name
-from .errors import UnsupportedDeviceError, UsageError
+from .device import dtype_name, out_of_memory
+from .errors import BudgetError, UnsupportedDeviceError, UsageError
 from .loaded import Loaded
 from .noise import Noise, PhiloxNoise
 from .picture import to_images
@@ -16,7 +16,7 @@ from .request import MAX_SEED, CancelToken, Event, Sampling
 from .run import Clock, Watch, run_batch
 from .task import Batch, Task
 
-GPU_BATCH = 4  # images computed together on a GPU when nothing is said
+GPU_BATCH = 4  # images made together on a GPU when nothing is said; on a CPU one, which its neighbours leave alone
 
 
 @dataclass(frozen=True)
@@ -38,24 +38,26 @@ def jobs_of(prompts: Sequence[str], sampling: Sampling, noises: Sequence[Noise] 
     return [Job(prompt, seed, noise) for (prompt, seed), noise in zip(asked, noises, strict=True)]
 
 
+Room = tuple[Loaded, int]  # the model as it lies, and how many images it makes together
+
+
 def make_images(
-    loaded: Loaded,
+    room: Room,
+    less: Callable[[], Room] | None,
     task: Task,
     jobs: Sequence[Job],
-    sampling: Sampling,
+    preview_every: int,
     clock: Clock,
     cancel: CancelToken,
     finish: Finish,
     describe: Callable[[Job, Image.Image], dict[str, Any]],
     on_event: Callable[[Event], None] | None,
 ) -> list[Image.Image]:
-    """Images in the order of the jobs.
-
-    Unless asked otherwise one at a time on the CPU, where an image then does not depend on its neighbours by a bit.
-    """
-    at_once = sampling.batch_size or (GPU_BATCH if clock.device.type == "cuda" else 1)
-    images, reuse = [], None
-    for first in range(0, len(jobs), at_once):
+    """Images in the order of the jobs. A batch that runs out of memory is made again in what `less` finds."""
+    images: list[Image.Image] = []
+    reuse = None
+    while len(images) < len(jobs):
+        (loaded, at_once), first = room, len(images)
         part = jobs[first : first + at_once]
 
         def tell(event: Event, part: Sequence[Job] = part, first: int = first) -> None:
@@ -66,7 +68,14 @@ def make_images(
                 on_event(replace(event, done=first, total=len(jobs), previews=previews, settings=settings))
 
         batch = Batch([job.prompt for job in part], [job.noise for job in part])
-        made = run_batch(loaded, task, batch, reuse, clock, Watch(tell, cancel, sampling.preview_every))
+        try:
+            with out_of_memory("making images"):
+                made = run_batch(loaded, task, batch, reuse, clock, Watch(tell, cancel, preview_every))
+        except BudgetError:
+            if less is None:
+                raise
+            room, reuse = less(), None
+            continue
         if not made.finite:
             what = f"the picture has values that are not numbers in {dtype_name(loaded.dtype)}"
             raise UnsupportedDeviceError(what, "use dtype bf16 or fp32")

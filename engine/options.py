@@ -48,6 +48,7 @@ Device = _in(str, "--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")
 Dtype = _in(str | None, "--dtype", metavar="NAME", help="auto, bf16, fp16 or fp32.")
 Quant = _in(str | None, "--quant", metavar="NAME", help="none, int8, bnb8 or nf4; else as the checkpoint is stored.")
 Attn = _in(str, "--attn", metavar="NAME", help="auto, sdpa, int8-qk, flash-attn or xformers.")
+Vram = _in(str | None, "--vram", metavar="GIB", help="What of the GPU's memory may be used; by default all of it.")
 ExactRope = _in(
     bool | None, "--exact-rope", help="Keep rotary frequencies in float32; the original rounds them in bf16."
 )

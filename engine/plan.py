@@ -24,7 +24,7 @@ from .gpus import Card
 from .layers.attention import Attention
 from .loaded import Loaded
 from .meter import Call, Meter
-from .request import CancelToken
+from .request import PATCH, CancelToken
 from .run import Watch, run_batch
 from .task import Batch, Task
 from .verbs import Verbs
@@ -87,6 +87,24 @@ def dry_run(loaded: Loaded, task: Task, batch: Batch) -> Plan:
     with torch.inference_mode(), counted[0], counted[1], meter:
         run_batch(loaded, task, batch, None, StageClock(meter), watch)
     stages = {name: total(meter, name) for name in meter.peaks if name and "/" not in name}
+    return Plan(stages, {name: nbytes(child) for name, child in model.named_children()}, meter.calls)
+
+
+def dry_answer(loaded: Loaded, side: int, question: str, limit: int) -> Plan:
+    """The plan of a question about a picture of side x side tokens, answered by `limit` tokens."""
+    meter, model, family = Meter(), loaded.model, loaded.family
+    ids = family.question_ids(loaded.tokens, question)
+    with torch.inference_mode(), meter:
+        meter.stage = "condition"
+        pixels = torch.empty(1, 3, side * PATCH, side * PATCH, dtype=loaded.dtype, device=META)
+        cache = family.look_to_answer(model, loaded.tokens, pixels, side, side, spare=len(ids) + limit)
+        meter.stage = "answer"
+        family.next_logits(model, cache, ids)
+        before = meter.calls.copy()
+        family.next_logits(model, cache, ids[:1])
+    for call, times in (meter.calls - before).items():
+        meter.calls[call] += times * (limit - 2)
+    stages = {name: total(meter, name) for name in ("condition", "answer")}
     return Plan(stages, {name: nbytes(child) for name, child in model.named_children()}, meter.calls)
 
 

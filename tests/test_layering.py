@@ -20,7 +20,7 @@ ENGINE = (
     "models",
     "families",
     "verbs run text prepare reading making loaded",
-    "plan residency mover transfer placing weights hub pins checkpoint.convert",
+    "plan residency mover transfer forecast placing weights hub pins checkpoint.convert",
     "engine arguments saving facts info",
     "doctor",
 )

@@ -1,0 +1,107 @@
+"""An engine's memory under a budget: for every request the fastest placement of its weights that keeps to it.
+
+    placing = Placing(loaded, recipe, budget)
+    with placing.running():
+        loaded, at_once = placing.pictures(task, prompts, at_once=4, previews=False)
+        ...                              # out of memory:
+        loaded, at_once = placing.less()
+
+What a request needs is known beforehand: `forecast.py`.
+"""
+
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import torch
+
+from ..quant.recipe import Recipe
+from .errors import BudgetError, UsageError
+from .forecast import Forecast
+from .gpus import CARDS, DEVICE_NAMES, Card
+from .loaded import Loaded, Placed
+from .mover import Mover, parts_of
+from .residency import GIB, DoesNotFit, Placement, Work, describe, fit, smaller
+from .task import Task
+from .transfer import lanes
+
+CONTEXT = GIB // 2  # bytes of a card that CUDA itself takes; assumed
+SLACK = 0.94  # share of the rest that tensors may take: the allocator cannot use every byte; heuristic, never measured
+UNKNOWN = "rtx4090"  # whose rates stand for those of a card that is not listed
+
+
+def as_vram(text: float | str) -> int:
+    """Bytes of `8`, `8GiB` or `7.5`. Raises UsageError."""
+    found = re.fullmatch(r"\s*(\d{1,4}(?:\.\d{1,3})?)\s*(?:g|gb|gib)?\s*", str(text), re.IGNORECASE | re.ASCII)
+    if not found or float(found[1]) == 0:
+        raise UsageError(f"vram {text!r:.80} is no amount of memory", "give GiB, such as 8 or 7.5")
+    return int(float(found[1]) * GIB)
+
+
+def budget_on(device: torch.device, vram: int) -> int:
+    """Of so many bytes of a card, those that weights and activations may take. Raises UsageError.
+
+    torch is held to it as well: it may then reserve no more.
+    """
+    if device.type != "cuda":
+        raise UsageError(f"vram bounds what a GPU is used for, and the device is {device}", "leave it out")
+    if vram <= 2 * CONTEXT:
+        raise UsageError(f"vram {vram / GIB:g} GiB is little more than CUDA itself takes", "give more than 1")
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (vram - CONTEXT) / total), device)
+    return int((vram - CONTEXT) * SLACK)
+
+
+def card_of(device: torch.device) -> Card:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return DEVICE_NAMES.get(name, CARDS[UNKNOWN])
+
+
+class Placing:
+    """The weights of one engine; `line` says how they lie."""
+
+    def __init__(self, loaded: Loaded, recipe: Recipe, budget: int) -> None:
+        """`budget`: bytes of weights and activations together."""
+        self.loaded, self.budget, self.line = loaded, budget, ""
+        self.forecast = Forecast(loaded, recipe, card_of(loaded.device))
+        self.mover = Mover(loaded.model, lanes(loaded.device), on_leave=lambda part: loaded.model.graphs.clear())
+        self.parts = parts_of(loaded.model, loaded.family.stacks)
+        self.work: Work | None = None
+        self.placement: Placement | None = None
+
+    def running(self) -> AbstractContextManager[None]:
+        return self.mover.running()
+
+    def pictures(self, task: Task, prompts: Sequence[str], at_once: int, previews: bool) -> tuple[Loaded, int]:
+        """The model placed for a request, and how many of its images to make at once. Raises BudgetError."""
+        sizes = {1, min(at_once, len(prompts))}
+        batches = {size: self.forecast.pictures(task, prompts, size, previews) for size in sizes}
+        return self._take(Work(self.parts, batches, images=len(prompts)))
+
+    def answers(self, side: int, question: str, limit: int) -> Loaded:
+        """The model placed for a question about a picture of side x side tokens. Raises BudgetError."""
+        return self._take(Work(self.parts, {1: self.forecast.answers(side, question, limit)}))[0]
+
+    def less(self) -> tuple[Loaded, int]:
+        """The same in less memory than that which was not enough. Raises BudgetError where there is no less."""
+        return self._take(self.work, self.placement)
+
+    def _take(self, work: Work, failed: Placement | None = None) -> tuple[Loaded, int]:
+        try:
+            found = fit(work, self.budget) if failed is None else smaller(work, failed)
+        except DoesNotFit as error:
+            least = (error.smallest.peak / SLACK + CONTEXT) / GIB
+            raise BudgetError(
+                f"{least:.2f} GiB of GPU memory are the least this takes",
+                f"give --vram {least:.2f} or more if the card has it, or make fewer or smaller pictures",
+            ) from None
+        now = self.placement
+        if now is None or (now.where, now.stages, now.early) != (found.where, found.stages, found.early):
+            self.placement = None  # until the model has another one
+            # Layers that stream have no address that a graph could know.
+            self.loaded.model.graphs.clear("layers are streamed" if "streamed" in found.where.values() else "")
+            self.mover.place(found)
+        self.work, self.placement, self.line = work, found, describe(found)
+        placed = Placed(self.mover.enter, bands="decode" in found.banded)
+        return replace(self.loaded, placed=placed), found.at_once
