@@ -191,6 +191,37 @@ def ask(
 
 
 @app.command()
+def plan(
+    ctx: typer.Context,
+    task: Annotated[str, typer.Argument(metavar="TASK", help="gen, edit or ask.", show_default=False)],
+    res: o.Res = None,
+    steps: o.Steps = None,
+    n: o.N = 1,
+    model: o.Model = None,
+    dtype: o.Dtype = None,
+    quant: o.Quant = None,
+    attn: o.Attn = "sdpa",
+    gpu: Annotated[str, typer.Option("--gpu", metavar="NAME", help="Whose rates and memory to take.")] = "rtx4090",
+    vram: o.Vram = None,
+    as_json: o.Json = False,
+) -> None:
+    """Predict memory and time of a request on a card; needs neither the card nor any weights."""
+    from unipic_run.engine.estimate import estimate
+
+    terminal = _terminal(ctx, as_json)
+    how = {"dtype": dtype or "bf16", "quant": quant or "none", "attention": attn, "gpu": gpu, "vram": vram}
+    terminal.data |= estimate(model or "unipic", task, res=res, steps=steps, images=n, **how)
+    terminal.line(f"{'stage':<10} {'peak GiB':>9} {'TFLOP':>8} {'GB moved':>9} {'launches':>9} {'seconds':>8}")
+    for name, stage in terminal.data["stages"].items():
+        terminal.line(
+            f"{name:<10} {stage['peak_bytes'] / 2**30:>9.2f} {stage['flop'] / 1e12:>8.1f} "
+            f"{stage['nbytes'] / 1e9:>9.0f} {stage['launches']:>9} {stage['seconds']:>8.2f}"
+        )
+    terminal.line(terminal.data["placement"]["line"])
+    terminal.say("predicted from fixed rates, not measured")
+
+
+@app.command()
 def pull(
     ctx: typer.Context, model: o.Name, revision: o.Revision = None, as_json: o.Json = False, quiet: o.Quiet = False
 ) -> None:

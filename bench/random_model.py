@@ -9,9 +9,7 @@ from unipic_run.engine import families
 from unipic_run.engine.device import DTYPES, as_device
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.layers.attention import resolve
-from unipic_run.engine.layers.qwen2 import Qwen2Config
-from unipic_run.engine.layers.vae import VAEConfig
-from unipic_run.engine.models.unipic.config import HeadConfig, MarConfig, UniPicConfig
+from unipic_run.engine.models.unipic.config import RELEASED, UniPicConfig
 from unipic_run.engine.plan import shapes
 from unipic_run.engine.tokens import Tokens
 from unipic_run.quant.int8 import Int8Linear
@@ -19,30 +17,10 @@ from unipic_run.quant.int8 import Int8Linear
 NEVER = -1  # an end token no answer has, so that every answer has the length that was asked for
 
 
-def released_architecture() -> UniPicConfig:
-    """The sizes of the released UniPic 1.0 (arXiv 2508.03320)."""
-    return UniPicConfig(
-        llm=Qwen2Config(151936, 1536, 28, 12, 2, 128, 8960, rope_theta=1e6, norm_eps=1e-6, max_positions=32768),
-        mar=MarConfig(1280, 16, encoder_depth=20, decoder_depth=20, mlp=5120, buffer=64, grid=32, channels=16),
-        head=HeadConfig(
-            1536, 12, condition=1280, channels=16, frequencies=256, train_steps=1000, steps=100, max_beta=0.2
-        ),
-        vae=VAEConfig(128, (1, 1, 2, 2, 4), latent=16, groups=32),
-        vae_scale=0.2325,
-        image_token=151665,
-        eos_token=151645,
-        repetition_penalty=1.1,
-        round_inv_freq=True,
-        resolution=1024,
-        rounds=32,
-        guidance=3.0,
-    )
-
-
 def architecture(model: str) -> UniPicConfig:
     """The sizes of the released model by its short name, else those of the checkpoint in a folder."""
     if model == "unipic":
-        return released_architecture()
+        return RELEASED
     folder, released = Path(model), families.released("unipic")
     if released.is_released(folder):
         with released.Released(folder) as checkpoint:

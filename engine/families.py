@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..quant.recipe import Recipe
-from .checkpoint.cache import PACKAGED, again
+from .checkpoint.cache import PACKAGED, again, cached
 from .checkpoint.config_file import read_config_file
 from .errors import CorruptWeightsError, UsageError
 
@@ -67,6 +67,19 @@ def read(folder: Path) -> tuple[Family, Any]:
         return family, config.from_json(data["config"])
     except ValueError as error:
         raise CorruptWeightsError(f"{folder}/config.json is damaged ({error})", again(folder)) from None
+
+
+def architecture(model: str) -> tuple[Family, Any]:
+    """The family and configuration of a short name or a folder in our format; of a short name the weights may be
+    missing. Raises UsageError, CorruptWeightsError, ModelMissingError.
+    """
+    if folder := cached(model):
+        return read(folder)
+    if model in FAMILIES:
+        return FAMILIES[model], import_module(f".models.{FAMILIES[model].package}.config", __package__).RELEASED
+    if Path(model).is_dir():
+        return read(Path(model))
+    raise UsageError(f"nothing is known of a model {model!r:.80}", f"name a folder or {', '.join(short_names())}")
 
 
 def recipe(name: str, scheme: str) -> Recipe:

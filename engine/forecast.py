@@ -33,11 +33,10 @@ class Forecast:
         self.loaded, self.recipe, self.card = loaded, recipe, card
         self.attention = Attention(loaded.family.attention_backend(loaded.model))
 
-    def pictures(self, task: Task, prompts: Sequence[str], images: int, previews: bool) -> tuple[Stage, ...]:
-        """Of a batch of so many of these images."""
-        family = self.loaded.family
+    def costs(self, task: Task, prompts: Sequence[str], images: int) -> dict[str, dict[str, Any]]:
+        """By stage of a batch of so many of these images: activation bytes, seconds, FLOP, bytes moved, launches."""
         longest = max((*prompts, task.negative or ""), key=len)
-        found = self._found(
+        return self._found(
             {
                 "kind": task.kind,
                 "grid": [task.rows, task.columns],
@@ -49,6 +48,10 @@ class Forecast:
             },
             lambda: self._made(task, [longest] * images),
         )
+
+    def pictures(self, task: Task, prompts: Sequence[str], images: int, previews: bool) -> tuple[Stage, ...]:
+        """The stages of such a batch."""
+        family, found = self.loaded.family, self.costs(task, prompts, images)
         needs = {name: tuple(family.needs[name]) for name in ("condition", "sample", "decode")}
         if task.pixels is not None:
             needs["condition"] += tuple(family.needs["encode"])
@@ -59,11 +62,14 @@ class Forecast:
         passes = {"condition": 2, "sample": task.steps, "decode": 1}
         return tuple(self._stage(name, needs[name], passes[name], found[name]) for name in needs)
 
-    def answers(self, side: int, question: str, limit: int) -> tuple[Stage, ...]:
-        """Of a question about a picture of side x side tokens, answered by at most `limit`."""
-        family = self.loaded.family
+    def answer_costs(self, side: int, question: str, limit: int) -> dict[str, dict[str, Any]]:
+        """The same of a question about a picture of side x side tokens, answered by at most `limit`."""
         shape = {"kind": "ask", "side": side, "prompt": self._length(question), "limit": limit}
-        found = self._found(shape, lambda: self._told(dry_answer(self._meta(), side, question, limit)))
+        return self._found(shape, lambda: self._told(dry_answer(self._meta(), side, question, limit)))
+
+    def answers(self, side: int, question: str, limit: int) -> tuple[Stage, ...]:
+        """The stages of such a question."""
+        family, found = self.loaded.family, self.answer_costs(side, question, limit)
         reading = (*family.needs["encode"], *family.needs["condition"])
         return (
             self._stage("condition", reading, 1, found["condition"]),
@@ -101,7 +107,14 @@ class Forecast:
     def _told(self, plan: Plan) -> dict[str, Any]:
         seconds, shares = plan.seconds(self.card), plan.shares(self.card)
         return {
-            name: {"activation": stage.peak_bytes, "seconds": seconds[name], "shares": shares[name]}
+            name: {
+                "activation": stage.peak_bytes,
+                "seconds": seconds[name],
+                "shares": shares[name],
+                "flop": stage.flop,
+                "nbytes": stage.nbytes,
+                "launches": stage.launches,
+            }
             for name, stage in plan.stages.items()
         }
 

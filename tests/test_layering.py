@@ -21,7 +21,7 @@ ENGINE = (
     "families",
     "verbs run text prepare reading making loaded",
     "plan residency mover transfer forecast placing weights hub pins checkpoint.convert",
-    "engine arguments saving facts info",
+    "engine estimate arguments saving facts info",
     "doctor",
 )
 STOREY = {f"engine.{name}": height for height, names in enumerate(ENGINE) for name in names.split()}

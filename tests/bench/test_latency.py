@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from unipic_run.bench import latency
-from unipic_run.bench.random_model import released_architecture
 from unipic_run.engine import families
+from unipic_run.engine.models.unipic.config import RELEASED
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--res", "32", "--iters", "2", "--new-tokens", "3", "--dtype", "fp32", "--device", "cpu"]
@@ -49,7 +49,7 @@ def test_random_answers_have_the_asked_length(tiny_release, capsys):
 
 def test_the_released_architecture_has_the_published_size():
     with torch.device("meta"):
-        model = families.model("unipic").build(released_architecture())
+        model = families.model("unipic").build(RELEASED)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert round(millions) == 2563
 

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from unipic_run.bench.random_model import any_tokens, architecture, released_architecture
+from unipic_run.bench.random_model import any_tokens, architecture
 from unipic_run.engine import families, gpus
 from unipic_run.engine.layers.attention import Attention
 from unipic_run.engine.loaded import Loaded
 from unipic_run.engine.meter import Meter
+from unipic_run.engine.models.unipic.config import RELEASED
 from unipic_run.engine.noise import PhiloxNoise
 from unipic_run.engine.plan import META, StageClock, by_stack, dry_run, nbytes, shapes
 from unipic_run.engine.request import CancelToken
@@ -50,7 +51,7 @@ def test_steps_that_are_counted_once_count_as_often_as_they_run(load, tiny_relea
 
 def test_a_picture_of_the_released_model_within_its_figures(load) -> None:
     task = Task("generate", 64, 64, steps=32, guidance=3.0, cfg_schedule="constant", temperature=1.0)
-    plan = dry_run(load(released_architecture()), task, BATCH)
+    plan = dry_run(load(RELEASED), task, BATCH)
     sample = plan.stages["sample"]
     assert 860e12 < sample.flop < 880e12, "875 TFLOP are the least there is to do"
     assert sum(stage.launches for stage in plan.stages.values()) <= 120_000

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 from unipic_run.bench.interpreter import exact_bfloat16
-from unipic_run.bench.random_model import released_architecture
 from unipic_run.engine.layers.linear import FUSED_ROWS
 from unipic_run.engine.meter import Meter
+from unipic_run.engine.models.unipic.config import RELEASED
 from unipic_run.engine.models.unipic.head import DiffusionHead, HeadBlock
 from unipic_run.engine.models.unipic.recipe import HEAD
 from unipic_run.engine.noise import Stream
@@ -110,7 +110,7 @@ def test_a_block_is_two_launches_and_close_to_the_floating_one(rows, kernels, dt
 
 @pytest.mark.parametrize("tokens", [5, 10, 201])  # 10, 20 and 402 rows with guidance, 402 the most at 1024x1024
 def test_at_most_thirty_launches_a_denoising_step(tokens):
-    config, steps, how = released_architecture().head, 5, {"device": "meta", "dtype": torch.int64}
+    config, steps, how = RELEASED.head, 5, {"device": "meta", "dtype": torch.int64}
     with torch.device("meta"):
         head = DiffusionHead(config).bfloat16().requires_grad_(False)
     swap(head, Recipe("int8", tuple(name.removeprefix("head.") for name in HEAD)))

@@ -4,12 +4,11 @@ import os
 
 import pytest
 import torch
-from unipic_run.bench.random_model import released_architecture
 from unipic_run.engine.kv_cache import KVCache
 from unipic_run.engine.layers.attention import Attention
 from unipic_run.engine.layers.qwen2 import Qwen2, Qwen2Config
 from unipic_run.engine.meter import Meter
-from unipic_run.engine.models.unipic.config import HeadConfig
+from unipic_run.engine.models.unipic.config import RELEASED, HeadConfig
 from unipic_run.engine.models.unipic.head import CHUNK, DiffusionHead
 from unipic_run.engine.noise import PhiloxNoise, Stream
 from unipic_run.engine.schedules import ddpm_table
@@ -138,7 +137,7 @@ def test_a_run_by_kernels_is_the_run() -> None:
 
 
 def test_at_most_thirty_launches_a_denoising_step() -> None:
-    config, tokens, steps = released_architecture().head, 201, 5  # the most tokens of a round at 1024x1024
+    config, tokens, steps = RELEASED.head, 201, 5  # the most tokens of a round at 1024x1024
     how = {"device": "meta", "dtype": torch.int64}
     with torch.device("meta"):
         head = DiffusionHead(config).bfloat16().requires_grad_(False)

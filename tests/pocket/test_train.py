@@ -104,7 +104,7 @@ def test_training_sees_what_sampling_sees(random_model, tokens, kind):
     known = torch.randn(len(PROMPTS), GRID**2, 16, generator=noise)
     with torch.inference_mode():
         given = family.condition(model, tokens, task, Batch(PROMPTS, noises))
-        sampler = family.Sampler(model, given, task, noises)
+        sampler = family.Sampler(model, given.rows, given.source and given.source.x_con, task, noises)
         sources = None if pixels is None else given.source.latents.expand(len(PROMPTS), -1, -1)
         words = words_of(tokens, [turn(kind, prompt) for prompt in PROMPTS])
         batch = Pictures(known, words, sources=sources)

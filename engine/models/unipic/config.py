@@ -175,3 +175,20 @@ def _value(path: str, value: Any) -> Any:
 def _at(config: UniPicConfig, path: str) -> int:
     """The field `path`, or the product of several."""
     return math.prod(operator.attrgetter(factor)(config) for factor in path.split(" x "))
+
+
+# The sizes of the released UniPic 1.0 (arXiv 2508.03320).
+RELEASED = UniPicConfig(
+    llm=Qwen2Config(151936, 1536, 28, 12, 2, 128, 8960, rope_theta=1e6, norm_eps=1e-6, max_positions=32768),
+    mar=MarConfig(1280, 16, encoder_depth=20, decoder_depth=20, mlp=5120, buffer=64, grid=32, channels=16),
+    head=HeadConfig(1536, 12, condition=1280, channels=16, frequencies=256, train_steps=1000, steps=100, max_beta=0.2),
+    vae=VAEConfig(128, (1, 1, 2, 2, 4), latent=16, groups=32),
+    vae_scale=0.2325,
+    image_token=151665,
+    eos_token=151645,
+    repetition_penalty=1.1,
+    round_inv_freq=True,
+    resolution=1024,
+    rounds=32,
+    guidance=3.0,
+)

@@ -1,0 +1,51 @@
+"""`unipic-run plan`: predictions for the released model, which is not on this machine."""
+
+import json
+
+import pytest
+from unipic_run.cli import main
+from unipic_run.engine.errors import BudgetError, UsageError
+from unipic_run.engine.estimate import estimate
+
+GIB = 2**30
+SMALL = {"res": 256, "steps": 2}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("UNIPIC_RUN_CACHE", str(tmp_path_factory.getbasetemp() / "estimate"))
+
+
+def test_the_command_tells_what_the_function_says(capsys):
+    expected = estimate("unipic", "gen", **SMALL)
+    assert main(["plan", "gen", "--res", "256", "--steps", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(expected))
+    assert main(["plan", "gen", "--res", "256", "--steps", "2"]) == 0
+    said = capsys.readouterr()
+    assert [line.split()[0] for line in said.out.splitlines()[:4]] == ["stage", "condition", "sample", "decode"]
+    assert "all resident" in said.out and "not measured" in said.err
+    assert set(expected["stages"]) == {"condition", "sample", "decode"} and expected["gpu"] == "rtx4090"
+
+
+def test_less_memory_moves_more_and_takes_longer():
+    whole, tight = (estimate("unipic", "gen", **SMALL, quant="int8", vram=vram) for vram in (None, 1.6))
+    assert tight["placement"]["peak_bytes"] < 1.1 * GIB < whole["placement"]["peak_bytes"]
+    assert tight["placement"]["seconds"] > whole["placement"]["seconds"]
+    assert "streamed" in tight["placement"]["line"]
+
+
+@pytest.mark.parametrize("task", ["edit", "ask"])
+def test_other_tasks(task):
+    found = estimate("unipic", task, res=256, steps=2, gpu="RTX 3060")
+    assert found["placement"]["peak_bytes"] > 4 * GIB and all(stage["flop"] > 0 for stage in found["stages"].values())
+
+
+def test_what_cannot_be_planned_is_refused():
+    with pytest.raises(BudgetError, match="are the least"):
+        estimate("unipic", "gen", **SMALL, vram=1.1)
+    with pytest.raises(UsageError, match="known are .*rtx4090"):
+        estimate("unipic", "gen", **SMALL, gpu="rtx 9999")
+    with pytest.raises(UsageError, match="no plan for paint"):
+        estimate("unipic", "paint", **SMALL)
+    with pytest.raises(UsageError, match="nothing is known of a model"):
+        estimate("flux", "gen", **SMALL)
