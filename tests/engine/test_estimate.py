@@ -43,7 +43,7 @@ def test_other_tasks(task):
 def test_what_cannot_be_planned_is_refused():
     with pytest.raises(BudgetError, match="are the least"):
         estimate("unipic", "gen", **SMALL, vram=1.1)
-    with pytest.raises(UsageError, match="known are .*rtx4090"):
+    with pytest.raises(UsageError, match=r"known are .*rtx4090"):
         estimate("unipic", "gen", **SMALL, gpu="rtx 9999")
     with pytest.raises(UsageError, match="no plan for paint"):
         estimate("unipic", "paint", **SMALL)
