@@ -27,6 +27,22 @@ def test_scenarios_run_in_processes_and_make_a_baseline(tiny_release, tmp_path, 
     assert summary["passed"] and summary["scenarios"]["gen-32"]["milliseconds"]["total"] > 0
 
 
+def test_what_is_simulated_is_held_to_its_baseline(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("UNIPIC_RUN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(vram, "SIMULATED", {"small": ("gen", {"res": 256, "steps": 2}, 5.5)})
+    arguments = ["--simulate", "--baselines", str(tmp_path)]
+    assert vram.main([*arguments, "--update-baseline"]) == vram.main(arguments) == 0
+    baseline = tmp_path / "simulated.json"
+    known = json.loads(baseline.read_text())
+    known["scenarios"]["small"]["allocated_bytes"] //= 2
+    baseline.write_text(json.dumps(known))
+    assert vram.main(arguments) == 1
+    monkeypatch.setattr(vram, "SIMULATED", {"small": ("gen", {"res": 256, "steps": 2}, 0.5)})
+    assert vram.main(arguments) == 1
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "0.5 are meant" in last["failures"][0] and "not simulated: small" in last["failures"][1]
+
+
 def test_a_failing_scenario_is_a_failure(tmp_path, capsys):
     arguments = ["--model", str(tmp_path), "--device", "cpu", "--scenarios", "ask", "--baselines", str(tmp_path)]
     assert vram.main(arguments) == 1
