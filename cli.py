@@ -209,7 +209,13 @@ def plan(
     from unipic_run.engine.estimate import estimate
 
     terminal = _terminal(ctx, as_json)
-    how = {"dtype": dtype or "bf16", "quant": quant or "none", "attention": attn, "gpu": gpu, "vram": vram}
+    how = {
+        "dtype": dtype if dtype not in (None, "auto") else "bf16",
+        "quant": quant or "none",
+        "attention": attn,
+        "gpu": gpu,
+        "vram": vram,
+    }
     terminal.data |= estimate(model or "unipic", task, res=res, steps=steps, images=n, **how)
     terminal.line(f"{'stage':<10} {'peak GiB':>9} {'TFLOP':>8} {'GB moved':>9} {'launches':>9} {'seconds':>8}")
     for name, stage in terminal.data["stages"].items():

@@ -11,9 +11,11 @@ One JSON line last; exit status 1 when a gate is broken or a scenario fails.
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def simulate(options: argparse.Namespace) -> int:
     """Every scenario by the dry run, within its memory and against `simulated.json`."""
     baseline, found, failures = options.baselines / "simulated.json", {}, []
+    kept = tempfile.TemporaryDirectory()  # plans that other code has made must not count
+    os.environ["UNIPIC_RUN_CACHE"] = kept.name
     for name, (task, how, limit) in SIMULATED.items():
         try:
             planned = estimate("unipic", task, vram=round(limit / SLACK + CONTEXT / GIB, 3), **how)["placement"]

@@ -1,5 +1,6 @@
 """Where and in which precision a model runs, and what its memory did."""
 
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -14,9 +15,9 @@ _LONG_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def as_device(name: str | torch.device) -> torch.device:
-    """auto takes a CUDA device when there is one. Raises UnsupportedDeviceError."""
+    """auto takes a CUDA device when there is one; a CUDA device has its number. Raises UnsupportedDeviceError."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
@@ -30,6 +31,8 @@ def as_device(name: str | torch.device) -> torch.device:
                 f"device {name!r} is not here: torch {torch.__version__} sees {found} CUDA devices",
                 "use cpu, or see `unipic-run doctor`",
             )
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
     return device
 
 
@@ -72,7 +75,9 @@ def out_of_memory(doing: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(
+            "can't allocate memory|out of memory", str(error)
+        )
         if not known:
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__

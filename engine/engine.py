@@ -3,6 +3,7 @@
 One call at a time: a lock makes threads wait for each other, and a streamed answer holds it until it ends.
 """
 
+import gc
 import os
 import secrets
 import warnings
@@ -70,15 +71,16 @@ class Engine:
         recipe: Recipe = NONE,
         device: torch.device | None = None,
         budget: int | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         """`model` = family.build(config), filled, with the recipe's layers; its parameters say which precision is used.
 
         `device`: where it computes, by default where it is. `budget`: bytes that its weights and activations may take
-        there; what does not fit waits in the host's memory.
+        there; what does not fit waits in the host's memory, and `say` hears where everything lies.
         """
         place = device or next(model.parameters()).device
         self.loaded: Loaded | None = Loaded(family, model, tokens, place)
-        self.placing = None if budget is None else Placing(self.loaded, recipe, budget)
+        self.placing = None if budget is None else Placing(self.loaded, recipe, budget, say or str)
         self.name, self.config, self.quant = name, self.loaded.config, recipe.scheme
         self.device, self.dtype = self.loaded.device, self.loaded.dtype
         self.attention, self.max_image_tokens = family.attention_backend(model), family.max_image_tokens(self.config)
@@ -116,6 +118,10 @@ class Engine:
         precision = as_dtype(dtype, place)
         scheme = weights.as_scheme(quant)
         attend = resolve(attention, place, precision)
+        if vram is not None and scheme in ("bnb8", "nf4"):
+            raise UsageError(
+                f"quant {scheme} and vram: weights of bitsandbytes cannot be moved", "use int8, or no vram"
+            )
         budget = None if vram is None else budget_on(place, as_vram(vram))
         folder = hub.resolve(model, revision=revision, offline=offline, on_progress=on_progress, say=say)
         row, config = families.read(folder)
@@ -131,7 +137,7 @@ class Engine:
         # A folder is named without its path: names end up in pictures that are passed on.
         named = model in families.short_names() or not Path(model).expanduser().is_dir()
         name = os.fspath(model) if named else folder.name
-        return cls(family, module.eval().requires_grad_(False), tokens, name, recipe, place, budget)
+        return cls(family, module.eval().requires_grad_(False), tokens, name, recipe, place, budget, say)
 
     def __enter__(self) -> "Engine":
         return self
@@ -145,9 +151,12 @@ class Engine:
             with suppress(ValueError):  # another thread is just reading it: wait for its next piece below
                 stream.close()
         with self.lock:
-            self.loaded = self.placing = None
+            bounded, self.loaded, self.placing = self.placing is not None, None, None
             if self.device.type == "cuda":
+                gc.collect()  # a mover and the model it has hooks in hold each other
                 torch.cuda.empty_cache()
+                if bounded:
+                    torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
     def generate(
         self,

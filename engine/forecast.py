@@ -31,11 +31,12 @@ class Forecast:
 
     def __init__(self, loaded: Loaded, recipe: Recipe, card: Card) -> None:
         self.loaded, self.recipe, self.card = loaded, recipe, card
-        self.attention = Attention(loaded.family.attention_backend(loaded.model))
+        attention = Attention(loaded.family.attention_backend(loaded.model))
+        self.attention = attention if attention.ours else Attention()  # other packages do nothing on the meta device
 
     def costs(self, task: Task, prompts: Sequence[str], images: int) -> dict[str, dict[str, Any]]:
         """By stage of a batch of so many of these images: activation bytes, seconds, FLOP, bytes moved, launches."""
-        longest = max((*prompts, task.negative or ""), key=len)
+        distinct = sorted(set(prompts), key=self._length, reverse=True)[:images]
         return self._found(
             {
                 "kind": task.kind,
@@ -44,9 +45,10 @@ class Forecast:
                 "steps": task.steps,
                 "guided": task.guidance != 1.0,
                 "images": images,
-                "prompt": self._length(longest),
+                "prompts": len(distinct),  # each has a copy of what they share
+                "longest": max(map(self._length, (*distinct, task.negative or ""))),
             },
-            lambda: self._made(task, [longest] * images),
+            lambda: self._made(task, [*distinct, *[distinct[0]] * (images - len(distinct))]),
         )
 
     def pictures(self, task: Task, prompts: Sequence[str], images: int, previews: bool) -> tuple[Stage, ...]:
@@ -81,7 +83,7 @@ class Forecast:
 
     def _stage(self, name: str, needs: tuple[str, ...], passes: int, found: dict[str, Any]) -> Stage:
         lookups = frozenset(self.loaded.family.lookups.get(name, ()))
-        bands = Bands(**found["bands"]) if "bands" in found else None
+        bands = Bands(found["bands"]["activation"], found["bands"]["seconds"]) if "bands" in found else None
         told = {key: found[key] for key in ("activation", "seconds", "shares")}
         return Stage(name, tuple(dict.fromkeys(needs)), passes=passes, lookups=lookups, bands=bands, **told)
 
@@ -100,8 +102,9 @@ class Forecast:
         with torch.inference_mode(), meter:
             latents = torch.empty(shape, dtype=meta.dtype, device=META)
             meta.family.decode(meta.model, latents, task.rows, task.columns, bands=True)
-        seconds = Plan({"": None}, {}, meter.calls).seconds(self.card)[""]
-        found["decode"]["bands"] = {"activation": meter.peak, "seconds": seconds}
+        seconds, whole = Plan({"": None}, {}, meter.calls).seconds(self.card)[""], meter.total()
+        work = {"flop": whole.flop, "nbytes": whole.nbytes, "launches": whole.launches}
+        found["decode"]["bands"] = {"activation": meter.peak, "seconds": seconds} | work
         return found
 
     def _told(self, plan: Plan) -> dict[str, Any]:
@@ -132,6 +135,6 @@ class Forecast:
         return found
 
     def _path(self, shape: dict[str, Any]) -> Path:
-        how = [__version__, asdict(self.loaded.config), str(self.loaded.dtype), self.recipe.scheme]
+        how = [__version__, torch.__version__, asdict(self.loaded.config), str(self.loaded.dtype), self.recipe.scheme]
         told = json.dumps([*how, self.attention.backend, self.card.name, shape], sort_keys=True)
         return cache_root() / "plans" / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"

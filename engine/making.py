@@ -55,7 +55,7 @@ def make_images(
 ) -> list[Image.Image]:
     """Images in the order of the jobs. A batch that runs out of memory is made again in what `less` finds."""
     images: list[Image.Image] = []
-    reuse = None
+    made = reuse = None
     while len(images) < len(jobs):
         (loaded, at_once), first = room, len(images)
         part = jobs[first : first + at_once]
@@ -74,7 +74,8 @@ def make_images(
         except BudgetError:
             if less is None:
                 raise
-            room, reuse = less(), None
+            made = reuse = None  # what an earlier batch has left
+            room = less()
             continue
         if not made.finite:
             what = f"the picture has values that are not numbers in {dtype_name(loaded.dtype)}"

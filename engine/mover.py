@@ -174,6 +174,7 @@ class Mover:
             raise RuntimeError("the last placement failed: the model needs another one")
         if self.placement is None or stage == self.stage:
             return
+        self.stage = None  # until all is there
         wanted, order = self.placement.stages[stage], [*self.placement.stages]
         for name in [name for name in self.here if name not in wanted]:
             self._send(name)

@@ -9,14 +9,16 @@
 What a request needs is known beforehand: `forecast.py`.
 """
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
 
 from ..quant.recipe import Recipe
+from .device import out_of_memory
 from .errors import BudgetError, UsageError
 from .forecast import Forecast
 from .gpus import CARDS, DEVICE_NAMES, Card
@@ -49,7 +51,8 @@ def budget_on(device: torch.device, vram: int) -> int:
     if vram <= 2 * CONTEXT:
         raise UsageError(f"vram {vram / GIB:g} GiB is little more than CUDA itself takes", "give more than 1")
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (vram - CONTEXT) / total), device)
+    vram = min(vram, total)
+    torch.cuda.set_per_process_memory_fraction((vram - CONTEXT) / total, device)
     return int((vram - CONTEXT) * SLACK)
 
 
@@ -61,11 +64,11 @@ def card_of(device: torch.device) -> Card:
 class Placing:
     """The weights of one engine; `line` says how they lie."""
 
-    def __init__(self, loaded: Loaded, recipe: Recipe, budget: int) -> None:
-        """`budget`: bytes of weights and activations together."""
-        self.loaded, self.budget, self.line = loaded, budget, ""
+    def __init__(self, loaded: Loaded, recipe: Recipe, budget: int, say: Callable[[str], object]) -> None:
+        """`budget`: bytes of weights and activations together. `say` hears `line` when it changes."""
+        self.loaded, self.budget, self.say, self.line = loaded, budget, say, ""
         self.forecast = Forecast(loaded, recipe, card_of(loaded.device))
-        self.mover = Mover(loaded.model, lanes(loaded.device), on_leave=lambda part: loaded.model.graphs.clear())
+        self.mover = Mover(loaded.model, lanes(loaded.device), on_leave=self._left)
         self.parts = parts_of(loaded.model, loaded.family.stacks)
         self.work: Work | None = None
         self.placement: Placement | None = None
@@ -85,23 +88,57 @@ class Placing:
 
     def less(self) -> tuple[Loaded, int]:
         """The same in less memory than that which was not enough. Raises BudgetError where there is no less."""
+        self.mover.leave()
+        self._forget_graphs()
         return self._take(self.work, self.placement)
 
     def _take(self, work: Work, failed: Placement | None = None) -> tuple[Loaded, int]:
-        try:
-            found = fit(work, self.budget) if failed is None else smaller(work, failed)
-        except DoesNotFit as error:
-            least = (error.smallest.peak / SLACK + CONTEXT) / GIB
-            raise BudgetError(
-                f"{least:.2f} GiB of GPU memory are the least this takes",
-                f"give --vram {least:.2f} or more if the card has it, or make fewer or smaller pictures",
-            ) from None
+        while True:
+            try:
+                found = fit(work, self.budget) if failed is None else smaller(work, failed)
+            except DoesNotFit as error:
+                raise no_room(error, failed) from None
+            try:
+                with out_of_memory("moving weights"):
+                    self._settle(found)
+                break
+            except BudgetError:
+                failed = found
+        self.work, self.placement, before = work, found, self.line
+        self.line = describe(found)
+        if self.line != before:
+            self.say(f"weights: {self.line}")
+        placed = Placed(self.mover.enter, bands="decode" in found.banded)
+        return replace(self.loaded, placed=placed), found.at_once
+
+    def _settle(self, found: Placement) -> None:
         now = self.placement
         if now is None or (now.where, now.stages, now.early) != (found.where, found.stages, found.early):
             self.placement = None  # until the model has another one
-            # Layers that stream have no address that a graph could know.
-            self.loaded.model.graphs.clear("layers are streamed" if "streamed" in found.where.values() else "")
             self.mover.place(found)
-        self.work, self.placement, self.line = work, found, describe(found)
-        placed = Placed(self.mover.enter, bands="decode" in found.banded)
-        return replace(self.loaded, placed=placed), found.at_once
+            self.placement = found
+            self._forget_graphs()
+
+    def _left(self, part: str) -> None:
+        """A part that comes back comes to other addresses."""
+        staged = self.placement is not None and self.placement.where[part] == "staged"
+        if staged and part in self.loaded.family.needs["sample"]:
+            self._forget_graphs()
+
+    def _forget_graphs(self) -> None:
+        graphs = self.loaded.model.graphs
+        graphs.clear()
+        if self.placement is not None and "streamed" in self.placement.where.values():
+            graphs.failed["round"] = "layers are streamed"  # and have no address that a graph could know
+
+
+def no_room(error: DoesNotFit, failed: Placement | None = None) -> BudgetError:
+    """What a user is told; `failed`: the smallest placement, where even that ran out of memory."""
+    least = math.ceil((error.smallest.peak / SLACK + CONTEXT) / GIB * 100) / 100
+    if failed is not None:
+        what = f"out of memory in the smallest way there is, which was predicted to take {least:.2f} GiB of the GPU"
+        return BudgetError(what, "free memory of the GPU, or ask for less at once: fewer or smaller pictures")
+    what = f"{least:.2f} GiB of GPU memory are the least this takes"
+    return BudgetError(
+        what, f"give --vram {least:.2f} or more if the card has it, or ask for fewer or smaller pictures"
+    )
