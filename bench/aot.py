@@ -3,10 +3,11 @@
     python bench/aot.py [--only NAME ...] [--jobs 4] [--json FILE]
     python bench/aot.py --file my_kernel.py
 
-Needs no GPU: operators run on the meta device, which notes what would be launched; each distinct launch is compiled
-with the attributes that a user's launch would give it. Fails on spilled registers, on more shared memory than a block
-may have on the card, on int8 operands that no int8 tensor-core instruction multiplies, and on whatever does not
-compile. A table, then one JSON line; exit status 1 when something fails, 2 where nothing can be compiled.
+Needs no GPU: operators, and pictures of UniPic 1.0 at 1024x1024 in bf16 and in int8, run on the meta device, which
+notes what would be launched. Each distinct launch is compiled with the attributes that a user's launch would give it.
+Fails on spilled registers, on more shared memory than a block may have on the card, on int8 operands that no int8
+tensor-core instruction multiplies, and on whatever does not compile. A table, then one JSON line; exit status 1 when
+something fails, 2 where nothing can be compiled.
 """
 
 import argparse
@@ -26,10 +27,21 @@ import torch
 from torch.overrides import TorchFunctionMode
 from unipic_run.bench.aot_compile import HOME, Configuration, build, load, specialised
 from unipic_run.bench.checkout import require_this_checkout
+from unipic_run.engine import families
+from unipic_run.engine.estimate import RoughTokens
 from unipic_run.engine.gpus import SHARED_PER_BLOCK
+from unipic_run.engine.layers.attention import Attention
+from unipic_run.engine.loaded import Loaded
+from unipic_run.engine.models.unipic.config import RELEASED
+from unipic_run.engine.noise import PhiloxNoise
+from unipic_run.engine.plan import META, shapes
+from unipic_run.engine.request import CancelToken
+from unipic_run.engine.run import Clock, Watch, run_batch
+from unipic_run.engine.task import Batch, Task
 from unipic_run.kernels._op import HAS_TRITON, recording
 from unipic_run.kernels._registry import Check, checks, kernel_modules
 
+PICTURES = (("none", "sdpa"), ("int8", "int8-qk"))  # quant, attention
 FACTORIES = {
     getattr(torch, name)
     for name in ("arange", "empty", "full", "ones", "rand", "randint", "randn", "randperm", "zeros", "linspace")
@@ -115,7 +127,42 @@ def collect(only: Sequence[str] | None, file: Path | None) -> list[Job]:
                 home = str(file.resolve()) if file else launch.kernel.__module__
                 configuration = specialised(launch, home)
                 jobs.setdefault(configuration.key, Job(configuration, [])).cases.append(str(check))
+    if not (only or file):
+        for scheme, backend in PICTURES:
+            for configuration in of_a_picture(scheme, backend):
+                jobs.setdefault(configuration.key, Job(configuration, [])).cases.append(f"a picture, {scheme}")
     return list(jobs.values())
+
+
+def of_a_picture(scheme: str, backend: str) -> Iterator[Configuration]:
+    """What a picture at 1024x1024 launches; of the head's steps one chunk for each number of rows."""
+    family, recipe = families.model("unipic"), families.recipe("unipic", scheme)
+    model = shapes(family, RELEASED, recipe, torch.bfloat16, Attention(backend))
+    advance, known = model.head.advance, set()
+
+    def once(run: Any, steps: int) -> None:
+        if (key := (len(run.c), steps)) not in known:
+            known.add(key)
+            advance(run, steps)
+
+    model.head.advance = once
+    task = Task("generate", 64, 64, steps=32, guidance=3.0, cfg_schedule="constant", temperature=1.0)
+    loaded = Loaded(family, model, RoughTokens(), META)
+    with recording() as launches:
+        run_batch(
+            loaded,
+            task,
+            Batch(["a red fox"], [PhiloxNoise(1)]),
+            None,
+            Clock(META),
+            Watch(lambda event: None, CancelToken(), 0),
+        )
+    distinct = {}
+    for launch in launches:
+        given = tuple((x.dtype, x.shape, x.stride()) if isinstance(x, torch.Tensor) else x for x in launch.arguments)
+        distinct.setdefault((launch.kernel, given, tuple(launch.options.items())), launch)
+    for launch in distinct.values():
+        yield specialised(launch, launch.kernel.__module__)
 
 
 def on_meta(check: Check) -> tuple[Any, ...]:

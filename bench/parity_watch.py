@@ -53,7 +53,9 @@ class Watch:
     def __enter__(self) -> "Watch":
         model, engine = self.engine.loaded.model, self.engine
         loaded = engine.loaded
+        model.graphs.clear("watched")  # hooks copy to the CPU, which no capture allows
         with ExitStack() as stack:
+            stack.callback(model.graphs.clear)
             for module, hook in (
                 (model.embed, self._on_embed),
                 (model.mar_encoder, self._on_encoder),

@@ -4,7 +4,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -46,6 +46,11 @@ def as_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise UsageError(f"dtype {name!r} is unknown", f"choose from auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, kernels start on this device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

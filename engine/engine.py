@@ -23,7 +23,7 @@ from .. import __version__
 from ..quant.recipe import NONE, Recipe
 from . import families, hub, weights
 from .checkpoint.manifest import Progress
-from .device import as_device, as_dtype, dtype_name, memory_peak, out_of_memory, reset_memory_peak
+from .device import as_device, as_dtype, current, dtype_name, memory_peak, out_of_memory, reset_memory_peak
 from .errors import UnipicWarning, UsageError
 from .layers.attention import resolve
 from .loaded import Loaded
@@ -129,7 +129,7 @@ class Engine:
         if exact_rope:
             config = replace(config, round_inv_freq=False)
         recipe = families.recipe(row.name, scheme or weights.stored_scheme(folder))
-        with out_of_memory("loading the model"):
+        with out_of_memory("loading the model"), current(place):
             build = partial(family.build, config, attend)
             first = place if budget is None else torch.device("cpu")  # from where they go to their places
             module = weights.assemble(build, recipe, folder, first, precision, on_progress)
@@ -151,6 +151,8 @@ class Engine:
             with suppress(ValueError):  # another thread is just reading it: wait for its next piece below
                 stream.close()
         with self.lock:
+            if self.loaded is not None:
+                self.loaded.model.graphs.clear()  # which hold the model that holds them
             bounded, self.loaded, self.placing = self.placing is not None, None, None
             if self.device.type == "cuda":
                 gc.collect()  # a mover and the model it has hooks in hold each other
@@ -346,7 +348,7 @@ class Engine:
     @contextmanager
     def _working(self, doing: str) -> Iterator[Loaded]:
         """Alone on the engine, counting memory, and failing as a UnipicError when memory runs out."""
-        with self.lock, out_of_memory(doing):
+        with self.lock, out_of_memory(doing), current(self.device):
             if self.loaded is None:
                 raise UsageError("this engine is closed", "load it again with Engine.from_pretrained")
             reset_memory_peak(self.device)

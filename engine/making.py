@@ -56,6 +56,7 @@ def make_images(
     """Images in the order of the jobs. A batch that runs out of memory is made again in what `less` finds."""
     images: list[Image.Image] = []
     made = reuse = None
+    captured = 0
     while len(images) < len(jobs):
         (loaded, at_once), first = room, len(images)
         part = jobs[first : first + at_once]
@@ -72,10 +73,15 @@ def make_images(
             with out_of_memory("making images"):
                 made = run_batch(loaded, task, batch, reuse, clock, Watch(tell, cancel, preview_every))
         except BudgetError:
-            if less is None:
-                raise
             made = reuse = None  # what an earlier batch has left
-            room = less()
+            graphs = loaded.model.graphs
+            if graphs.counts.captures > captured:  # what graphs hold is the first to go
+                captured = graphs.counts.captures
+                graphs.clear("memory ran out")
+            elif less is None:
+                raise
+            else:
+                room = less()
             continue
         if not made.finite:
             what = f"the picture has values that are not numbers in {dtype_name(loaded.dtype)}"

@@ -6,8 +6,6 @@ less than one, 80 = 64 + 16. Scores are in powers of two: log2(e) / sqrt(d) is f
 
 import math
 
-from torch import Tensor
-
 from ._op import tl, triton
 
 LOG2_E = 1 / math.log(2)
@@ -25,11 +23,6 @@ def head_blocks(width: int, least: int = 16) -> tuple[int, int]:
     first = whole // 2
     second = max(least, 1 << (width - first - 1).bit_length())
     return (whole, 0) if whole <= 64 and first + second == whole else (first, second)
-
-
-def unit_rows(x: Tensor) -> Tensor:
-    """x with a contiguous last dimension: a copy only where it has none."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @triton.jit

@@ -36,8 +36,6 @@ except ImportError:  # Windows and macOS, or UNIPIC_RUN_TRITON=0 for a compariso
 
     triton = tl = _Absent()
 
-__all__ = ["LIBRARY", "Case", "Cost", "KernelWarning", "Launch", "Operator", "launch", "recording", "tl", "triton"]
-
 LIBRARY = torch.library.Library("unipic", "DEF")
 _interpreted: ContextVar[bool] = ContextVar("interpreted", default=False)
 _recorded: ContextVar["list[Launch] | None"] = ContextVar("recorded", default=None)
@@ -111,6 +109,11 @@ def interpreted() -> Iterator[None]:
 def launches(x: Tensor) -> bool:
     """Whether operators on x launch kernels, or on the meta device count them."""
     return x.is_meta or (HAS_TRITON and (x.is_cuda or _interpreted.get()))
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x with a contiguous last dimension: a copy only where it has none."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class Operator:

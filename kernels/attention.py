@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from ._attend import LOG2_E, attend, empty_state, head_blocks, load_rows, store_means, unit_rows
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._attend import LOG2_E, attend, empty_state, head_blocks, load_rows, store_means
+from ._op import Case, Cost, Operator, launch, tl, triton, unit_rows
 from ._tuned import Options, dtype_class, tuned
 
 _MAX_WIDTH = 128  # of a head; the VAE's single one of 512 is left to the library

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._device import activate
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._op import Case, Cost, Operator, launch, tl, triton, unit_rows
 
 
 def condition_ref(embedded: Tensor, c: Tensor, clock: Tensor, steps: int) -> Tensor:
@@ -45,7 +45,7 @@ def _condition_kernel(
 
 
 def _condition_triton(embedded: Tensor, c: Tensor, clock: Tensor, steps: int) -> Tensor:
-    rows, width = c.shape
+    c, (rows, width) = unit_rows(c), c.shape
     y = c.new_empty(steps, rows, width)
     block = min(1024, triton.next_power_of_2(width))
     launch(

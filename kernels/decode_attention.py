@@ -14,8 +14,8 @@ the capacities; a share beyond the length weighs nothing and reads nothing. Call
 import torch
 from torch import Tensor
 
-from ._attend import LOG2_E, attend, empty_state, head_blocks, load_rows, store_rows, unit_rows
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._attend import LOG2_E, attend, empty_state, head_blocks, load_rows, store_rows
+from ._op import Case, Cost, Operator, launch, tl, triton, unit_rows
 from ._tuned import dtype_class, tuned
 from .attention import attention_ref, attention_torch, random_qkv
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._device import activate
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._op import Case, Cost, Operator, launch, tl, triton, unit_rows
 
 
 def swiglu_ref(x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def _columns(width: int) -> dict[str, int]:
 
 def _swiglu_triton(x: Tensor) -> Tensor:
     width = x.shape[-1] // 2
-    rows = x.reshape(-1, 2 * width)
+    rows = unit_rows(x.reshape(-1, 2 * width))
     y = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
     share = _columns(width)
     launch(_swiglu_kernel, (len(rows), triton.cdiv(width, share["BLOCK"])), rows, y, rows.stride(0), **share)
@@ -92,7 +92,7 @@ def _swiglu_triton(x: Tensor) -> Tensor:
 
 def _gated_add_triton(h: Tensor, gate: Tensor, u: Tensor) -> Tensor:
     width = h.shape[-1]
-    h_rows, u_rows, gate = h.reshape(-1, width), u.reshape(-1, width), gate.reshape(-1, width)
+    h_rows, u_rows, gate = (unit_rows(x.reshape(-1, width)) for x in (h, u, gate))
     y, share = torch.empty(h.shape, dtype=h.dtype, device=h.device), _columns(width)
     launch(
         _gated_add_kernel,

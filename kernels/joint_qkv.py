@@ -13,8 +13,7 @@ four norms and three concatenations. Statistics are float32. One program a token
 import torch
 from torch import Tensor
 
-from ._attend import unit_rows
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._op import Case, Cost, Operator, launch, tl, triton, unit_rows
 from .norms import norm_ref, norm_torch
 
 

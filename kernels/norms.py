@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._device import quantise_row
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._op import Case, Cost, Operator, launch, tl, triton, unit_rows
 from ._tuned import tuned
 from .quantise import quantise_rows
 
@@ -116,9 +116,9 @@ def _launch(
     y: Tensor,
     y_scale: Tensor | None,
 ) -> None:
-    rows = x.reshape(-1, x.shape[-1])  # a copy only where the rows are not evenly spaced
+    rows = unit_rows(x.reshape(-1, x.shape[-1]))  # a copy only where the rows are not evenly spaced, or not dense
     (n, width), modulated = rows.shape, shift is not None
-    if modulated and shift.stride() != scale.stride():
+    if modulated and (shift.stride() != scale.stride() or shift.stride(1) != 1):
         shift, scale = shift.contiguous(), scale.contiguous()
     heuristic = {"num_warps": 4 if width <= 2048 else 8}
     launch(

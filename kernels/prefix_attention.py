@@ -22,8 +22,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ._attend import LOG2_E, attend, empty_state, head_blocks, load_rows, store_means, unit_rows
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._attend import LOG2_E, attend, empty_state, head_blocks, load_rows, store_means
+from ._op import Case, Cost, Operator, launch, tl, triton, unit_rows
 from .attention import attention_cost, attention_ref, attention_torch, random_qkv, tiles
 
 

@@ -12,9 +12,9 @@ of its own, because what it returns grows with the picture and has to be seen by
 import torch
 from torch import Tensor
 
-from ._attend import load_rows, store_rows, unit_rows
+from ._attend import load_rows, store_rows
 from ._device import row_scale, to_int8
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._op import Case, Cost, Operator, launch, tl, triton, unit_rows
 from .attention import random_qkv
 from .norms import quantise_rows
 

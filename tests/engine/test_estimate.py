@@ -45,7 +45,7 @@ def test_what_cannot_be_planned_is_refused():
         estimate("unipic", "gen", **SMALL, vram=1.1)
     with pytest.raises(UsageError, match=r"known are .*rtx4090"):
         estimate("unipic", "gen", **SMALL, gpu="rtx 9999")
-    with pytest.raises(UsageError, match="no plan for .paint"):
+    with pytest.raises(UsageError, match=r"no plan for .paint"):
         estimate("unipic", "paint", **SMALL)
     with pytest.raises(UsageError, match="nothing is known of a model"):
         estimate("flux", "gen", **SMALL)

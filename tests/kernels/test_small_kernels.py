@@ -1,10 +1,14 @@
 """Norms, rotary embedding, token movement and the sampler step against loops and formulas."""
 
 import math
+import os
 
+import pytest
 import torch
 import torch.nn.functional as F
+from unipic_run.kernels._op import HAS_TRITON, interpreted
 from unipic_run.kernels.ddpm_step import DDPMStep, ddpm_step
+from unipic_run.kernels.gate import gated_add, swiglu
 from unipic_run.kernels.mar_tokens import embed_visible, grid_positions, place_tokens, select_tokens
 from unipic_run.kernels.norms import norm, rms_norm
 from unipic_run.kernels.rope import rope
@@ -82,3 +86,16 @@ def test_ddpm_step_by_formula() -> None:
     deviation = (0.5 * (f * math.log(0.2) + (1 - f) * math.log(0.1))).exp()
     torch.testing.assert_close(ddpm_step(x, cond, uncond, noise, step, 3.0, 0.9), mean + deviation * noise * 0.9)
     torch.testing.assert_close(ddpm_step(x, cond, uncond, None, step, 3.0, 0.9), mean)
+
+
+@pytest.mark.skipif(
+    not HAS_TRITON or os.environ.get("TRITON_INTERPRET") != "1", reason="runs kernels in Triton's interpreter"
+)
+def test_columns_that_are_not_dense_are_copied() -> None:
+    torch.manual_seed(0)
+    x, gate, weight = torch.randn(16, 6).T, torch.randn(16, 6).T, torch.randn(16)
+    with interpreted():
+        normed, halved, added = rms_norm(x, weight, 1e-6), swiglu(x), gated_add(x, gate, x)
+    torch.testing.assert_close(normed, rms_norm(x.contiguous(), weight, 1e-6))
+    torch.testing.assert_close(halved, swiglu(x.contiguous()))
+    torch.testing.assert_close(added, x + gate * x)

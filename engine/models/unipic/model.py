@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ....kernels.mar_tokens import select_tokens
 from ...graphs import Graphs
-from ...kv_cache import KVCache, Prompts
+from ...kv_cache import ROUNDED, KVCache, Prompts
 from ...layers.attention import Attention
 from ...layers.linear import Linear, logits
 from ...layers.qwen2 import Qwen2
@@ -185,7 +185,7 @@ def prefill(model: UniPic, tokens: Tokens, text: str, seen: KVCache | None) -> K
     """The cache of one prompt; with `seen`, only what follows the image is computed."""
     ids = tokens.encode(text if seen is None else text.partition(IMAGE)[2])
     x = model.embed(as_row(ids, model.embed.weight))
-    cache = new_cache(model, len(ids), x, base=seen)
+    cache = new_cache(model, -(-len(ids) // ROUNDED) * ROUNDED, x, base=seen)
     model.llm.extend(x, cache)
     return cache
 

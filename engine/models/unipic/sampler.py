@@ -49,7 +49,7 @@ class Sampler:
             *self.prompts.tensors,
         )
         self.shape = (task.rows, task.columns, len(noises), *(x.shape for x in fixed[1:]))
-        self.fixed = model.graphs.hold("batch", self.shape, fixed, at_sight=False)
+        self.fixed = model.graphs.hold("batch", self.shape, fixed, at_sight=False) if model.llm.attend.ours else fixed
 
     def reveal(self, tokens: Tensor, plan: Round) -> Tensor:
         """tokens (B, n, 16) with one more round's tokens filled in."""
