@@ -1,4 +1,4 @@
-"""Trains the pocket model from nothing: the autoencoder, then twice LLM, MAR and head together.
+"""Trains the pocket model from nothing: the autoencoder, then three times LLM, MAR and head together.
 
 python -m unipic_run.pocket.train --minutes 150        a sitting; the same command again goes on where it ended
 

@@ -1,4 +1,4 @@
-"""Phases 2 and 3: LLM, MAR and head together, on generation, edits and questions, over a frozen autoencoder."""
+"""Phases 2 to 4: LLM, MAR and head together, on generation, edits and questions, over a frozen autoencoder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +15,7 @@ from .plans import JointPlan
 from .sitting import Losses, Plan, Run, generator, sit
 from .train_vae import Autoencoder
 
+ANSWER_WEIGHT = 0.3
 EDIT_SHIFT = 0.37  # the edits' masked share is another than the generations' of the same step
 
 
@@ -62,7 +63,7 @@ def joint_losses(joint: Joint, tokens: Tokens, plan: JointPlan, draw: Draw, step
         losses["edit"] = edited["noise"]
     else:
         losses |= answer_losses(model, tokens, draw.answers(plan.answers))
-        total = total + 0.2 * losses["answer"]
+        total = total + 2 * ANSWER_WEIGHT * losses["answer"]
     return {"loss": total} | {name: value.detach() for name, value in losses.items()}
 
 
