@@ -49,5 +49,5 @@ def pocket_config(vocab: int, image_token: int, eos_token: int, vae_scale: float
         round_inv_freq=False,
         resolution=SIDE,
         rounds=16,
-        guidance=3.0,
+        guidance=2.0,
     )
