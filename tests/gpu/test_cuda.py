@@ -118,3 +118,27 @@ def test_half_precision_runs_all_tasks(load, dtype):
         assert all(np.asarray(image).std() > 1 for image in result.images)
         assert result.peak_bytes > 0
     assert engine.ask(picture(), "what is this?", res=96, max_new_tokens=5).ids
+
+
+@pytest.mark.parametrize(("quant", "attention"), [("none", "sdpa"), ("int8", "int8-qk")])
+@pytest.mark.parametrize("kind", ["guided", "unguided", "edit"])
+def test_graphs_make_the_pictures_that_eager_makes_bit_for_bit(load, quant, attention, kind):
+    engine = load("cuda", "bf16", quant, attention)
+    graphs = engine.loaded.model.graphs
+
+    def make(prompt):
+        settings = {"res": 96, "steps": 4, "seed": 3, "guidance": 1.0 if kind == "unguided" else 3.0}
+        if kind == "edit":
+            return engine.edit(picture(), prompt, **settings).images[0]
+        return engine.generate(prompt, **settings).images[0]
+
+    graphs.clear("off")
+    expected = [np.asarray(make(prompt)) for prompt in PROMPTS[:3]]
+    graphs.clear()
+    captures, misses = [], graphs.counts.misses
+    for prompt, eager in zip(PROMPTS[:3], expected, strict=True):
+        before = graphs.counts.captures
+        assert np.array_equal(np.asarray(make(prompt)), eager)
+        captures.append(graphs.counts.captures - before)
+    assert graphs.failed == {} and graphs.counts.misses == misses
+    assert captures[1] > 0 and captures[2] == 0
