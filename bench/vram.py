@@ -23,7 +23,7 @@ import torch
 from unipic_run.bench.checkout import require_this_checkout
 from unipic_run.engine.errors import BudgetError
 from unipic_run.engine.estimate import estimate
-from unipic_run.engine.placing import CONTEXT, SLACK
+from unipic_run.engine.placing import needed
 
 SCENARIOS = {  # name -> task, images together
     "gen": ("gen", 1),
@@ -93,7 +93,7 @@ def simulate(options: argparse.Namespace) -> int:
     os.environ["UNIPIC_RUN_CACHE"] = kept.name
     for name, (task, how, limit) in SIMULATED.items():
         try:
-            planned = estimate("unipic", task, vram=round(limit / SLACK + CONTEXT / GIB, 3), **how)["placement"]
+            planned = estimate("unipic", task, vram=needed(int(limit * GIB)), **how)["placement"]
         except BudgetError as error:
             failures.append(f"{name}: {error}, and {limit} are meant")
             continue

@@ -13,7 +13,7 @@ from .layers.attention import Attention
 from .loaded import Loaded
 from .making import GPU_BATCH
 from .mover import parts_of
-from .placing import CONTEXT, SLACK, as_vram, no_room
+from .placing import as_vram, no_room, usable
 from .plan import META, shapes
 from .request import PATCH, GenerateRequest, as_sampling
 from .residency import DoesNotFit, Placement, Stage, Work, describe, fit
@@ -76,7 +76,7 @@ def estimate(
         batches = {size: forecast.pictures(made, [PROMPT], size, previews=False) for size in sizes}
     may = card.vram_bytes if vram is None else as_vram(vram)
     try:
-        placement = fit(Work(parts, batches, images), int((min(may, card.vram_bytes) - CONTEXT) * SLACK))
+        placement = fit(Work(parts, batches, images), usable(min(may, card.vram_bytes)))
     except DoesNotFit as error:
         raise no_room(error) from None
     how = {"model": model, "task": task, "res": res, "steps": steps, "images": images, "quant": quant, "dtype": dtype}

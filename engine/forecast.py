@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from .layers.attention import Attention
 from .loaded import Loaded
 from .meter import Meter
 from .noise import PhiloxNoise
-from .plan import META, Plan, dry_answer, dry_run, shapes
+from .plan import META, Plan, dry_answer, dry_run, shapes, total
 from .residency import Bands, Stage
 from .task import Batch, Task
 
@@ -102,9 +102,7 @@ class Forecast:
         with torch.inference_mode(), meter:
             latents = torch.empty(shape, dtype=meta.dtype, device=META)
             meta.family.decode(meta.model, latents, task.rows, task.columns, bands=True)
-        seconds, whole = Plan({"": None}, {}, meter.calls).seconds(self.card)[""], meter.total()
-        work = {"flop": whole.flop, "nbytes": whole.nbytes, "launches": whole.launches}
-        found["decode"]["bands"] = {"activation": meter.peak, "seconds": seconds} | work
+        found["decode"]["bands"] = self._told(Plan({"": total(meter, "")}, {}, meter.calls))[""]
         return found
 
     def _told(self, plan: Plan) -> dict[str, Any]:
@@ -121,7 +119,7 @@ class Forecast:
             for name, stage in plan.stages.items()
         }
 
-    def _found(self, shape: dict[str, Any], make: Any) -> dict[str, Any]:
+    def _found(self, shape: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What was kept for this shape of request; else it is made and kept."""
         path = self._path(shape)
         with suppress(OSError, ValueError):

@@ -41,6 +41,16 @@ def as_vram(text: float | str) -> int:
     return int(float(found[1]) * GIB)
 
 
+def usable(vram: int) -> int:
+    """Of so many bytes of a card, those that weights and activations may take."""
+    return int((vram - CONTEXT) * SLACK)
+
+
+def needed(usable: int) -> float:
+    """GiB of a card of which so many bytes are usable, rounded up to a hundredth."""
+    return math.ceil((usable / SLACK + CONTEXT) / GIB * 100) / 100
+
+
 def budget_on(device: torch.device, vram: int) -> int:
     """Of so many bytes of a card, those that weights and activations may take. Raises UsageError.
 
@@ -53,7 +63,7 @@ def budget_on(device: torch.device, vram: int) -> int:
     total = torch.cuda.get_device_properties(device).total_memory
     vram = min(vram, total)
     torch.cuda.set_per_process_memory_fraction((vram - CONTEXT) / total, device)
-    return int((vram - CONTEXT) * SLACK)
+    return usable(vram)
 
 
 def card_of(device: torch.device) -> Card:
@@ -134,7 +144,7 @@ class Placing:
 
 def no_room(error: DoesNotFit, failed: Placement | None = None) -> BudgetError:
     """What a user is told; `failed`: the smallest placement, where even that ran out of memory."""
-    least = math.ceil((error.smallest.peak / SLACK + CONTEXT) / GIB * 100) / 100
+    least = needed(error.smallest.peak)
     if failed is not None:
         what = f"out of memory in the smallest way there is, which was predicted to take {least:.2f} GiB of the GPU"
         return BudgetError(what, "free memory of the GPU, or ask for less at once: fewer or smaller pictures")

@@ -99,7 +99,11 @@ class Qwen2(nn.Module):
         count = x.shape[1]
         positions = torch.arange(cache.length, cache.length + count, device=x.device)[None]
         inv_freq = self.frequencies(x.device, x.dtype)
-        attend = partial(self.attend_one if count == 1 and self.attend.ours else self.attend_cached, cache)
+        attend = partial(self.attend_cached, cache)
+        if count == 1 and self.attend.ours:  # as in an answer: what all layers need is made once
+            length = x.new_full((1,), cache.own + 1, dtype=torch.int32)
+            seen = None if cache.base is None else x.new_full((1,), cache.base.own, dtype=torch.int32)
+            attend = partial(self.attend_one, cache, length, seen)
         for index, layer in enumerate(self.layers):
             x = layer.follow(x, positions, inv_freq, partial(attend, index), cache.room(index, count))
         cache.advance(count)
@@ -110,13 +114,16 @@ class Qwen2(nn.Module):
         keys, values = cache.upto(layer, q.shape[2])
         return self.attend(q, keys[None], values[None], causal=True)
 
-    def attend_one(self, cache: KVCache, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The same of one query, as in an answer; nothing is joined, and many programs share the keys."""
+    def attend_one(
+        self, cache: KVCache, length: Tensor, seen: Tensor | None, layer: int, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """The same of one query; nothing is joined, and many programs share the keys.
+
+        length, seen (1) int32: valid positions of the cache with this one, and of its base.
+        """
         own, base = (cache.keys[layer][None], cache.values[layer][None]), cache.base
-        length = q.new_full((1,), cache.own + 1, dtype=torch.int32)
         if base is None:
             return decode_attention(q, *own, length)
-        seen = q.new_full((1,), base.own, dtype=torch.int32)
         return decode_attention(q, *own, length, base.keys[layer], base.values[layer], seen)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
