@@ -21,6 +21,12 @@ def to_int8(row, scale):
 
 
 @triton.jit
+def rounded_to_int8(x):
+    """x float32 from -127 to 127, halves to even: one addition leaves the whole number in the lowest bits."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)  # 1.5 * 2**23
+
+
+@triton.jit
 def quantise_row(row, mask):
     """(whole numbers from -127 to 127 as int8, their scale) of one row (BLOCK) float32: row ~ whole * scale."""
     scale = row_scale(tl.max(tl.where(mask, tl.abs(row), 0.0), axis=0))
@@ -36,6 +42,17 @@ def activate(x, GELU: tl.constexpr, GELU_TANH: tl.constexpr, SILU: tl.constexpr)
         x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     if SILU:
         x = x * tl.sigmoid(x)
+    return x
+
+
+@triton.jit
+def walsh_hadamard_rows(x, COLUMNS: tl.constexpr):
+    """Rows of x (rows, COLUMNS) times Sylvester's matrix of +1 and -1, as quantise.py's `walsh_hadamard`."""
+    ROWS: tl.constexpr = x.shape[0]
+    for stage in tl.static_range(COLUMNS.bit_length() - 1):
+        pairs = tl.permute(tl.reshape(x, (ROWS, COLUMNS // 2 // 2**stage, 2, 2**stage)), (0, 1, 3, 2))
+        low, high = tl.split(pairs)
+        x = tl.reshape(tl.permute(tl.join(low + high, low - high), (0, 1, 3, 2)), (ROWS, COLUMNS))
     return x
 
 

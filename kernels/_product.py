@@ -1,7 +1,7 @@
-"""What kernels/int8_linear.py and kernels/int8_weight.py share: all but the sums of their products.
+"""What kernels/int8_*.py share: most of a product of whole numbers.
 
-On the device how a tile's columns are laid out and what follows its sums; on the host the same in torch, what is
-checked, what it costs, and the operands of their cases.
+On the device which tile is a program's, how its columns are laid out, its sums and what follows them; on the host the
+same in torch, what is checked, what it costs, and the operands of their cases.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,31 @@ from ._op import Cost, tl, triton
 from .quantise import activated, activation_flags
 
 LARGEST_K = 131072  # products of 127 * 127 whose sum fits int32
+# int8 operations that a multiprocessor's tensor cores do while one other instruction is issued for a value: 2048 and
+# 128 a clock on sm_89. What a kernel needs beyond the usual epilogue is counted so, as if nothing overlapped.
+INSTRUCTION = 16
+GROUP = 128  # columns of a product's output, or input, that share a scale where a row has several
+GROUP_M = 8  # row tiles that walk along the columns together
+Tile = tuple[int, int, int, int, int]  # rows, columns, K of one of a step's products; warps, stages
+
+
+def fewest_clocks(tiles: Sequence[Tile], m: int, n: int) -> Tile:
+    """The tile for m rows and n columns; a heuristic, never measured.
+
+    Takes the least of what an RTX 4090 should need: 750 products a clock on each of 128 multiprocessors (480 TOPS),
+    in whole rounds, and 2000 bytes a clock out of L2 (5 TB/s). K scales all candidates alike.
+    """
+
+    def clocks(candidate: Tile) -> float:
+        rows, columns = candidate[:2]
+        programs = triton.cdiv(m, rows) * triton.cdiv(n, columns)
+        return max(triton.cdiv(programs, 128) * rows * columns / 750, programs * (rows + columns) / 2000)
+
+    return min(tiles, key=clocks)
+
+
+def tile_options(tile: Tile) -> dict[str, int]:
+    return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), tile, strict=True))
 
 
 def out_features(weight: Tensor, activation: str) -> int:
@@ -103,6 +128,55 @@ def product_operands(
 
 
 @triton.jit
+def place(m, across, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
+    """(rows of this program's tile, where it is of `across` tiles): GROUP_M row tiles walk along the columns together.
+
+    So both operands are found in L2.
+    """
+    band = GROUP_M * across
+    top = tl.program_id(0) // band * GROUP_M
+    tall = tl.minimum(tl.cdiv(m, BLOCK_M) - top, GROUP_M)
+    row = (top + tl.program_id(0) % tall) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return row, tl.program_id(0) % band // tall
+
+
+@triton.jit
+def whole_sums(
+    x_ptr,  # (M, K) int8, rows x_stride apart
+    weight_ptr,  # (rows, K) int8 contiguous
+    row,  # (BLOCK_M)
+    weight_row,  # (BLOCK_N)
+    m,
+    x_stride,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """x W^T of these rows, int32 (BLOCK_M, BLOCK_N)."""
+    EVEN: tl.constexpr = K % (2 * BLOCK_K) == 0
+    at = tl.arange(0, BLOCK_K)
+    x_at = x_ptr + tl.minimum(row, m - 1).to(tl.int64)[:, None] * x_stride + at[None, :]
+    weight_at = weight_ptr + weight_row.to(tl.int64)[None, :] * K + at[:, None]
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    # Two products a step: around a single one the compiler for sm_8x carries operands over to the next step as bytes
+    # in registers of their own, and spills hundreds of them.
+    for start in range(0, K, 2 * BLOCK_K):
+        for part in tl.static_range(2):
+            if EVEN:
+                x = tl.load(x_at + part * BLOCK_K)
+                weight = tl.load(weight_at + part * BLOCK_K)
+            else:
+                inside = at < K - start - part * BLOCK_K
+                x = tl.load(x_at + part * BLOCK_K, mask=inside[None, :], other=0)
+                weight = tl.load(weight_at + part * BLOCK_K, mask=inside[:, None], other=0)
+            sums = tl.dot(x, weight, sums, out_dtype=tl.int32)
+        x_at += 2 * BLOCK_K
+        weight_at += 2 * BLOCK_K
+    return sums
+
+
+@triton.jit
 def halves(x):
     """(x[:, :W / 2], x[:, W / 2:]) of x (rows, W): costs nothing, a thread holds columns of both."""
     return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
@@ -154,18 +228,18 @@ def epilogue(
     """
     first, second = halves(sums)
     col = left + tl.arange(0, first.shape[1])
-    y = activate(_dequantised(first, x_scale, col, N, scale_ptr, bias_ptr, BIAS), GELU, GELU_TANH, SILU)
+    y = activate(dequantised(first, x_scale, col, N, scale_ptr, bias_ptr, BIAS), GELU, GELU_TANH, SILU)
     if SWIGLU:
-        y *= _dequantised(second, x_scale, N + col, 2 * N, scale_ptr, bias_ptr, BIAS)
+        y *= dequantised(second, x_scale, N + col, 2 * N, scale_ptr, bias_ptr, BIAS)
     _store(y, row, col, m, group, residual_ptr, gate_ptr, y_ptr, gate_stride, N, RESIDUAL, GATE)
     if not SWIGLU:
         col += first.shape[1]
-        y = activate(_dequantised(second, x_scale, col, N, scale_ptr, bias_ptr, BIAS), GELU, GELU_TANH, SILU)
+        y = activate(dequantised(second, x_scale, col, N, scale_ptr, bias_ptr, BIAS), GELU, GELU_TANH, SILU)
         _store(y, row, col, m, group, residual_ptr, gate_ptr, y_ptr, gate_stride, N, RESIDUAL, GATE)
 
 
 @triton.jit
-def _dequantised(sums, x_scale, col, END: tl.constexpr, scale_ptr, bias_ptr, BIAS: tl.constexpr):
+def dequantised(sums, x_scale, col, END: tl.constexpr, scale_ptr, bias_ptr, BIAS: tl.constexpr):
     y = sums.to(tl.float32) * x_scale[:, None] * tl.load(scale_ptr + col, mask=col < END, other=0.0)[None, :]
     if BIAS:
         y += tl.load(bias_ptr + col, mask=col < END, other=0.0).to(tl.float32)[None, :]

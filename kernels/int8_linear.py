@@ -20,19 +20,24 @@ from torch import Tensor
 
 from ._op import Case, Cost, Operator, launch, tl, triton
 from ._product import (
+    GROUP_M,
+    Tile,
     check_product,
     epilogue,
     epilogue_options,
+    fewest_clocks,
     finished,
     halves,
     out_features,
+    place,
     product_cost,
     product_operands,
+    tile_options,
     weight_rows,
+    whole_sums,
 )
 from ._tuned import Options, row_class, tuned
 
-GROUP_M = 8  # row tiles that walk along the columns together, so that both operands are found in L2
 EXACT = 1024  # products of int8 whose sum float32 holds exactly: 1024 * 128 * 128 = 2^24
 
 # Rows, columns, and K of one of a step's two products; warps, stages. Shared memory in bytes behind.
@@ -45,25 +50,14 @@ TILES = (
 )
 
 
-def tile(m: int, n: int, k: int) -> tuple[int, int, int, int, int]:
-    """The tile for (m, k) x (n, k)^T; a heuristic, never measured.
-
-    Takes the least of what an RTX 4090 should need: 750 products a clock on each of 128 multiprocessors (480 TOPS),
-    in whole rounds, and 2000 bytes a clock out of L2 (5 TB/s). K scales all candidates alike.
-    """
-
-    def clocks(candidate: tuple[int, int, int, int, int]) -> float:
-        rows, columns = candidate[:2]
-        programs = triton.cdiv(m, rows) * triton.cdiv(n, columns)
-        return max(triton.cdiv(programs, 128) * rows * columns / 750, programs * (rows + columns) / 2000)
-
-    return min(TILES, key=clocks)
+def tile(m: int, n: int, k: int) -> Tile:
+    """The tile for (m, k) x (n, k)^T."""
+    return fewest_clocks(TILES, m, n)
 
 
 def options(m: int, n: int, k: int, device: torch.device) -> Options:
     """Of the launch for (m, k) x (n, k)^T."""
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-    heuristic = dict(zip(names, tile(m, n, k), strict=True))
+    heuristic = tile_options(tile(m, n, k))
     return tuned("int8_linear", f"m{row_class(m)} n{n} k{k}", heuristic, device, staged)
 
 
@@ -124,33 +118,11 @@ def _int8_linear_kernel(
     SWIGLU: tl.constexpr,
 ):
     WIDE: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N  # columns of the output
-    EVEN: tl.constexpr = K % (2 * BLOCK_K) == 0
     PARTS: tl.constexpr = 2 if BLOCK_N > 64 else 1  # so that the epilogue does not run out of registers
-    band = GROUP_M * tl.cdiv(N, WIDE)
-    top = tl.program_id(0) // band * GROUP_M
-    tall = tl.minimum(tl.cdiv(m, BLOCK_M) - top, GROUP_M)
-    row = (top + tl.program_id(0) % tall) * BLOCK_M + tl.arange(0, BLOCK_M)
-    left = tl.program_id(0) % band // tall * WIDE
-
-    at = tl.arange(0, BLOCK_K)
-    x_at = x_ptr + tl.minimum(row, m - 1).to(tl.int64)[:, None] * x_stride + at[None, :]
-    weight_at = weight_ptr + weight_rows(left, N, BLOCK_N, SWIGLU, PARTS).to(tl.int64)[None, :] * K + at[:, None]
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    # Two products a step: around a single one the compiler for sm_8x carries operands over to the next step as bytes
-    # in registers of their own, and spills hundreds of them.
-    for start in range(0, K, 2 * BLOCK_K):
-        for part in tl.static_range(2):
-            if EVEN:
-                x = tl.load(x_at + part * BLOCK_K)
-                weight = tl.load(weight_at + part * BLOCK_K)
-            else:
-                inside = at < K - start - part * BLOCK_K
-                x = tl.load(x_at + part * BLOCK_K, mask=inside[None, :], other=0)
-                weight = tl.load(weight_at + part * BLOCK_K, mask=inside[:, None], other=0)
-            sums = tl.dot(x, weight, sums, out_dtype=tl.int32)
-        x_at += 2 * BLOCK_K
-        weight_at += 2 * BLOCK_K
-
+    row, column = place(m, tl.cdiv(N, WIDE), BLOCK_M, GROUP_M)
+    left = column * WIDE
+    weight_row = weight_rows(left, N, BLOCK_N, SWIGLU, PARTS)
+    sums = whole_sums(x_ptr, weight_ptr, row, weight_row, m, x_stride, K, BLOCK_M, BLOCK_N, BLOCK_K)
     x_scale = tl.load(x_scale_ptr + row, mask=row < m, other=0.0)
     if PARTS == 2:
         sums, right = halves(sums)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._device import activate, row_scale, to_int8
+from ._device import activate, row_scale, to_int8, walsh_hadamard_rows
 from ._op import Case, Cost, Operator, launch, tl, triton
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "swiglu")
@@ -91,11 +91,8 @@ def quantise_torch(x: Tensor, activation: str, group: int) -> tuple[Tensor, Tens
 def _rotate(y, GROUP: tl.constexpr):
     """As `walsh_hadamard`, and normalised; y (columns) float32."""
     COLUMNS: tl.constexpr = y.shape[0]
-    for stage in tl.static_range(GROUP.bit_length() - 1):
-        pairs = tl.permute(tl.reshape(y, (COLUMNS // 2 // 2**stage, 2, 2**stage)), (0, 2, 1))
-        low, high = tl.split(pairs)
-        y = tl.reshape(tl.permute(tl.join(low + high, low - high), (0, 2, 1)), (COLUMNS,))
-    return y * GROUP**-0.5
+    groups = walsh_hadamard_rows(tl.reshape(y, (COLUMNS // GROUP, GROUP)), GROUP)
+    return tl.reshape(groups, (COLUMNS,)) * GROUP**-0.5
 
 
 @triton.jit

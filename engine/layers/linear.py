@@ -1,18 +1,22 @@
 """The linear and convolution layers models are built from, and what surrounds a linear layer in a block.
 
-Models see floating tensors only. `norm_linear` and `linear_add` look at the type of the layer: for an int8 one the norm
-or the activation in front of it makes the whole numbers, and gate and residual are added where its product is made.
+Models see floating tensors only. `norm_linear`, `linear_add` and `norm_mlp` look at the type of the layer: for an int8
+one the norm or the activation in front of it makes the whole numbers, or in an MLP the product in front of that, and
+gate and residual are added where its product is made.
 In a diffusion head, where every one of few rows has its own modulation and gate, either is one launch with its product.
 Anything else that is a module, such as a layer of bitsandbytes, is called as it is.
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
 from ...kernels.gate import gated_add, swiglu
 from ...kernels.head import gated_linear, modulated_linear
 from ...kernels.head_int8 import gated_linear_int8, modulated_linear_int8
+from ...kernels.int8_of_groups import GROUP, int8_linear_of_groups
+from ...kernels.int8_to_groups import int8_linear_to_groups
 from ...kernels.linear import conv2d, linear
 from ...kernels.norms import norm as norm_op
 from ...kernels.norms import norm_int8
@@ -21,7 +25,9 @@ from ...quant.int8 import ALL, Int8Linear
 from ...quant.rotate import RotatedEmbedding
 
 Modulation = tuple[Tensor, Tensor]  # shift, scale (M, D), each row for N / M rows
-FUSED_ROWS = 512  # up to here kernels/head*.py have one launch for two or three; heuristic, never measured
+# Up to here, the rows of five pictures in a batch, kernels/head*.py have one launch for two or three. The more rows,
+# the more often they make one anew, out of a cache; beyond, launches no longer count. Heuristic, never measured.
+FUSED_ROWS = 2048
 
 
 class Linear(nn.Linear):
@@ -47,10 +53,9 @@ def norm_linear(
     `norm`: nn.LayerNorm, with or without weight and bias, or an RMSNorm with `weight` and `eps`.
     act: none, gelu, gelu_tanh, silu, or swiglu, which halves the width.
     """
-    weight, bias = norm.weight, getattr(norm, "bias", None)
-    how = (x, weight, bias, *(modulation or (None, None)), norm.eps, not isinstance(norm, nn.LayerNorm))
+    how = norm_arguments(x, norm, modulation)
     if modulation and act in ("none", "silu") and rows == ALL and _fuses(layer, x, modulation[0]):
-        fused = (x, *modulation, weight, bias, norm.eps)
+        fused = (x, *modulation, norm.weight, norm.bias, norm.eps)
         if isinstance(layer, Int8Linear):  # the fewest rows as well, though it rounds them: one launch, not two
             return modulated_linear_int8(*fused, *layer.part(ALL), act == "silu")
         return modulated_linear(*fused, layer.weight, layer.bias, act == "silu")
@@ -76,6 +81,14 @@ def linear_add(x: Tensor, layer: nn.Module, residual: Tensor, gate: Tensor | Non
     return residual + layer(x) if gate is None else gated_add(residual, gate, layer(x))
 
 
+def norm_mlp(x: Tensor, norm: nn.Module, wide: nn.Module, narrow: nn.Module, act: str) -> Tensor:
+    """x + narrow(act(wide(norm(x)))), x (..., D); norm and act as for `norm_linear`."""
+    if _hands_over(wide, narrow) and not wide.few(x):
+        between = int8_linear_to_groups(*norm_int8(*norm_arguments(x, norm)), *wide.part(ALL), act, narrow.group)
+        return int8_linear_of_groups(*between, *narrow.part(ALL), residual=x, dtype=x.dtype)
+    return linear_add(norm_linear(x, norm, wide, act=act), narrow, residual=x)
+
+
 def linear_each(x: Tensor, layers: Iterable[nn.Module]) -> Iterator[Tensor]:
     """layer(x) for each layer; int8 ones share the whole numbers of x, unless they rotate it."""
     whole = None
@@ -92,11 +105,23 @@ def logits(x: Tensor, table: nn.Embedding) -> Tensor:
     return table.logits(x) if isinstance(table, RotatedEmbedding) else linear(x, table.weight)
 
 
+def norm_arguments(x: Tensor, norm: nn.Module, modulation: Modulation | None = None) -> tuple[Any, ...]:
+    """What the operators of kernels/norms.py take."""
+    rms = not isinstance(norm, nn.LayerNorm)
+    return x, norm.weight, None if rms else norm.bias, *(modulation or (None, None)), norm.eps, rms
+
+
 def _fuses(layer: nn.Module, x: Tensor, modulation: Tensor) -> bool:
     """Whether kernels/head.py or head_int8.py is for this: a modulation for every row, and few rows."""
     whole = isinstance(layer, Int8Linear) and layer.group == 1
     fits = (whole or isinstance(layer, Linear)) and layer.bias is not None
     return fits and x.dim() == 2 and x.shape == modulation.shape and len(x) <= FUSED_ROWS
+
+
+def _hands_over(wide: nn.Module, narrow: nn.Module) -> bool:
+    """Whether what is between these layers can be whole numbers with a scale for each group of columns."""
+    fits = isinstance(wide, Int8Linear) and isinstance(narrow, Int8Linear) and wide.group == 1
+    return fits and narrow.group in (1, GROUP) and narrow.in_features % GROUP == 0
 
 
 def _outputs(layer: nn.Module, x: Tensor, rows: slice) -> Tensor:

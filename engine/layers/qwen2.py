@@ -15,7 +15,7 @@ from ...kernels.norms import rms_norm
 from ...kernels.rope import rope, rope_split, rotary_tables, split_heads
 from ..kv_cache import KVCache, Prompts
 from .attention import Attention, prefix_attention
-from .linear import Linear, linear_add, norm_linear
+from .linear import Linear, linear_add, norm_linear, norm_mlp
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Qwen2Layer(nn.Module):
     def after(self, x: Tensor, mixed: Tensor) -> Tensor:
         """What follows attention; mixed (R, H, L, d)."""
         x = linear_add(mixed.transpose(1, 2).flatten(2), self.o, residual=x)
-        return linear_add(norm_linear(x, self.post_norm, self.gate_up, act="swiglu"), self.down, residual=x)
+        return norm_mlp(x, self.post_norm, self.gate_up, self.down, act="swiglu")
 
 
 class Qwen2(nn.Module):

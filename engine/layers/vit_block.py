@@ -4,7 +4,8 @@ from torch import Tensor, nn
 
 from ...kernels.mar_tokens import select_tokens
 from .attention import Attention
-from .linear import Linear, linear_add, norm_linear
+from .int8_attention import attends_in_int8, norm_attention_int8
+from .linear import Linear, linear_add, norm_linear, norm_mlp
 
 NORM_EPS = 1e-6
 
@@ -25,16 +26,21 @@ class ViTBlock(nn.Module):
 
         They still attend to every row: it is what a last block needs when a few of its outputs are read.
         """
-        if only is None:
+        picked = x if only is None else select_tokens(x, only)
+        x = linear_add(self.mixed(x, picked), self.proj, residual=picked)
+        return norm_mlp(x, self.norm2, self.fc1, self.fc2, act="gelu")
+
+    def mixed(self, x: Tensor, picked: Tensor) -> Tensor:
+        """Attention of the rows `picked` (B, L or N, D) to all rows of x (B, L, D)."""
+        if attends_in_int8(self.attend, self.qkv, x, self.heads):
+            return norm_attention_int8(x, picked, self.norm1, self.qkv, self.heads)
+        if picked is x:
             q, k, v = self.heads_of(norm_linear(x, self.norm1, self.qkv))
         else:
             width = x.shape[-1]
             k, v = self.heads_of(norm_linear(x, self.norm1, self.qkv, rows=slice(width, None)))
-            x = select_tokens(x, only)
-            (q,) = self.heads_of(norm_linear(x, self.norm1, self.qkv, rows=slice(width)))
-        mixed = self.attend(q, k, v)  # (B, H, L or N, d)
-        x = linear_add(mixed.transpose(1, 2).flatten(2), self.proj, residual=x)
-        return linear_add(norm_linear(x, self.norm2, self.fc1, act="gelu"), self.fc2, residual=x)
+            (q,) = self.heads_of(norm_linear(picked, self.norm1, self.qkv, rows=slice(width)))
+        return self.attend(q, k, v).transpose(1, 2).flatten(2)  # from (B, H, L or N, d)
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, L, k*D) to k tensors (B, H, L, d)."""

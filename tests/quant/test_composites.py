@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from unipic_run.engine.layers.linear import Linear, linear_add, linear_each, norm_linear
+from unipic_run.engine.layers.attention import Attention
+from unipic_run.engine.layers.linear import Linear, linear_add, linear_each, norm_linear, norm_mlp
 from unipic_run.engine.layers.qwen2 import RMSNorm
+from unipic_run.engine.layers.vit_block import ViTBlock
 from unipic_run.quant.recipe import Recipe
 from unipic_run.quant.swap import Change, swap
 
@@ -149,3 +151,55 @@ def test_several_layers_share_their_input():
         x = inputs(rows)[0]
         layers = [quantised.wide, block.wide, quantised.wide]
         assert all(torch.equal(y, layer(x)) for y, layer in zip(linear_each(x, layers), layers, strict=True))
+
+
+class MLP(nn.Module):
+    def __init__(self, act: str):
+        super().__init__()
+        self.norm, self.wide = nn.LayerNorm(64, eps=1e-6), Linear(64, 512 if act == "swiglu" else 256)
+        self.narrow = Linear(256, 64)
+
+
+def exchanged(float_one: nn.Module, same: nn.Module, recipe: Recipe) -> nn.Module:
+    """`same` with the values of `float_one`, in the recipe's layers."""
+    swap(same, recipe)
+    change, values = Change(same, recipe), {}
+    for name, tensor in float_one.state_dict().items():
+        values |= change(name, tensor)
+    same.load_state_dict(values, assign=True)
+    return same
+
+
+@pytest.mark.parametrize("act", ["gelu", "swiglu"])
+@pytest.mark.parametrize("rotated_inputs", [(), ("narrow",)])
+@pytest.mark.parametrize("rows", [3, 40])
+@torch.inference_mode()
+def test_an_mlp_hands_over_whole_numbers(act, rotated_inputs, rows):
+    mlp = filled(MLP(act))
+    recipe = Recipe("int8", ("wide", "narrow"), rotated_inputs=rotated_inputs)
+    quantised = exchanged(mlp, MLP(act), recipe)
+    assert quantised.narrow.group == (128 if rotated_inputs else 1)
+    x = torch.randn(2, rows, 64, generator=torch.Generator().manual_seed(1))
+    expected = x + mlp.narrow(ACTS[act](mlp.wide(mlp.norm(x))))
+    assert torch.equal(norm_mlp(x, mlp.norm, mlp.wide, mlp.narrow, act), expected)
+    y = norm_mlp(x, quantised.norm, quantised.wide, quantised.narrow, act)
+    by_rows = linear_add(norm_linear(x, quantised.norm, quantised.wide, act=act), quantised.narrow, residual=x)
+    error, error_by_rows = ((one - expected).norm() / (expected - x).norm() for one in (y, by_rows))
+    assert error < 0.025 and torch.equal(y, by_rows) == (rows == 3)
+    assert rows == 3 or error < error_by_rows
+
+
+@pytest.mark.parametrize("rows", [8, 30])
+@pytest.mark.parametrize("picked", [None, 4, 20])
+@torch.inference_mode()
+def test_a_block_whose_attention_is_in_int8(rows, picked):
+    noise = torch.Generator().manual_seed(1)
+    shape = 160, 2, 256  # heads of 80
+    block = filled(ViTBlock(*shape, Attention()))
+    x, recipe = torch.randn(2, rows, 160, generator=noise), Recipe("int8", ("qkv", "proj", "fc1", "fc2"))
+    only = None if picked is None else torch.randint(0, rows, (2, picked), generator=noise)
+    residual = x if only is None else x.gather(1, only[..., None].expand(-1, -1, 160))
+    expected = block(x, only)
+    for backend in ("sdpa", "int8-qk"):
+        y = exchanged(block, ViTBlock(*shape, Attention(backend)), recipe)(x, only)
+        assert (y - expected).norm() / (expected - residual).norm() < 0.03
