@@ -6,8 +6,9 @@ For every shape class that the cases marked gpu ask for (kernels/_tuned.py): can
 and those that spill registers, do not fit its shared memory or do not compile are dropped. The others have to agree
 with the operator's reference, and only then are timed as in bench/ops.py. What is at least 2 % faster than the kernel's
 own heuristic is listed. The time is shared out among the classes; a file is extended, so that a part can be measured
-again. A line a class, then one JSON line; exit status 1 where a heuristic's result is wrong. Without a CUDA device it
-says so and succeeds. Nothing but this command ever measures such options.
+again. Then every operator, or those of the kernels named, is timed beside torch (bench/against_torch.py); where torch
+is faster, that class of calls is listed as torch's. A line a class, then one JSON line; exit status 1 where a
+heuristic's result is wrong. Without a CUDA device it says so and succeeds. Nothing but this command ever measures.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 from unipic_run.bench import ops
+from unipic_run.bench.against_torch import WORTH, calls_beside_torch, listed
 from unipic_run.bench.agreement import agreement
 from unipic_run.bench.aot import on_meta, workers
 from unipic_run.bench.aot_compile import build, specialised
@@ -37,7 +39,6 @@ from unipic_run.kernels._op import HAS_TRITON, recording
 from unipic_run.kernels._registry import Check, checks
 from unipic_run.kernels._tuned import Options, Question
 
-WORTH = 0.98  # of the heuristic's time, so that noise lists nothing
 WARPS, STAGES = (4, 8), (2, 3, 4)
 ATTENTION = {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": WARPS, "num_stages": STAGES}
 # Of each kernel's options, the values worth a try; an option that a kernel's default does not have is left out.
@@ -85,12 +86,16 @@ def main(arguments: list[str] | None = None) -> int:
     capability, deadline = 10 * major + minor, time.monotonic() + 60 * options.minutes
     print(f"{'kernel and shape class':<48} {'heuristic us':>12} {'best us':>9} {'tried':>5} {'dropped':>7}  options")
     with workers(options.jobs) as each, torch.inference_mode(), true_float32():
-        rows = list(tune(classes(options.only), options, capability, deadline, each))
-    path = options.out / f"sm_{capability}.json"
-    write(path, capability, rows, ops.describe())
+        rows = list(tune(todo := classes(options.only), options, capability, deadline, each))
+        path = options.out / f"sm_{capability}.json"
+        write(path, capability, rows, ops.describe())
+        named = {check.operator.name for one in todo for check in one.checks} if options.only else None
+        beside = list(calls_beside_torch(real(), named, options.repeat))  # with the options that were just listed
+    write(path, capability, rows, ops.describe(), beside)
     wrong = [f"{row['kernel']} {row['key']}: {row['problem']}" for row in rows if row["problem"]]
     late = [f"{row['kernel']} {row['key']}" for row in rows if row["late"]]
     summary = ops.describe() | {"bench": "tune", "file": str(path), "wrong": wrong, "out_of_time": late, "rows": rows}
+    summary["beside_torch"] = beside
     print(json.dumps(summary | {"passed": bool(rows) and not wrong}))
     return 1 if wrong or not rows else 0
 
@@ -109,9 +114,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def classes(only: Sequence[str] | None) -> list[Class]:
     """What launchers ask for in the families' real shapes, heard on the meta device."""
     found: dict[tuple[str, str], Class] = {}
-    for check in checks("gpu"):
-        if "interp" in check.case.marks:
-            continue  # small, and there for its tails
+    for check in real():
         with _tuned.asking() as questions:
             check.operator.op(*on_meta(check))
         for question in questions:
@@ -119,6 +122,11 @@ def classes(only: Sequence[str] | None) -> list[Class]:
                 one = found.setdefault((question.kernel, question.key), Class(question))
                 one.checks += [check] if check not in one.checks else []
     return list(found.values())
+
+
+def real() -> list[Check]:
+    """The families' own shapes; those for the interpreter too are small, and there for their tails."""
+    return [check for check in checks("gpu") if "interp" not in check.case.marks]
 
 
 def tune(
@@ -243,12 +251,19 @@ def measured(kernel: str, options: Options, prepared: list[Check], repeat: int) 
     return total
 
 
-def write(path: Path, capability: int, rows: list[dict[str, Any]], versions: dict[str, Any]) -> None:
+def write(
+    path: Path,
+    capability: int,
+    rows: list[dict[str, Any]],
+    versions: dict[str, Any],
+    beside: Iterable[dict[str, Any]] = (),
+) -> None:
     """The table with these classes, in place of what it said of them. Never visible half-written."""
     try:
-        kernels = _tuned.read(path)["kernels"]
+        known = _tuned.read(path)
     except (OSError, ValueError):
-        kernels = {}
+        known = {"kernels": {}}
+    kernels, slower = known["kernels"], listed(known.get("torch", {}), beside)
     for row in rows:
         entries = kernels.setdefault(row["kernel"], {})
         entries.pop(row["key"], None)
@@ -258,7 +273,7 @@ def write(path: Path, capability: int, rows: list[dict[str, Any]], versions: dic
     named = {"about": "By bench/tune.py: medians over the cases of a shape class, listed where worth it."}
     named |= {name: value for name, value in versions.items() if name != "bench"}
     named |= {"source": "measured", "date": datetime.date.today().isoformat(), "shared_bytes": shared_bytes(capability)}
-    whole = named | {"kernels": {kernel: entries for kernel, entries in kernels.items() if entries}}
+    whole = named | {"kernels": {kernel: entries for kernel, entries in kernels.items() if entries}, "torch": slower}
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".partial")
     half.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")

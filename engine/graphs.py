@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 
 from ..kernels._op import OPERATORS, KernelWarning
+from ..kernels._warm_up import captured
+from .errors import UnipicWarning
 
 MOST = 512  # graphs; where more are wanted, all are dropped
 T = TypeVar("T")
@@ -53,11 +55,15 @@ class Captured:
 
 
 class Graphs:
-    """`off` says why nothing is captured, `failed` what could not be and why; `counts` only ever grow."""
+    """`off` says why nothing is captured, `failed` what could not be and why; `counts` only ever grow.
+
+    The user hears once of a capture that failed.
+    """
 
     def __init__(self, capture: Callable[..., Any] | None = None, kind: str = "cuda") -> None:
         """`capture` stands for `CudaCapture` on another kind of device, in tests."""
         self.counts, self.off, self.failed = Counts(), "", {}
+        self._told: set[str] = set()
         self._capture, self._kind = capture or CudaCapture(), kind
         self._drop()
 
@@ -123,14 +129,23 @@ class Graphs:
             given = keep(given)
             replay, result = self._capture(lambda: function(*given), device, first=not self._graphs)
         except Exception as error:  # the work itself is done, and the next call will do it the same way
-            self.failed[name[0]] = reason(error)
+            what, why = name[0], reason(error)
+            self.failed[what] = why
             if isinstance(error, torch.OutOfMemoryError):  # the rest of the model needs what graphs have taken
                 self._drop()
+            self._tell(f"the CUDA graph {what!r} could not be captured ({why}): it runs uncaptured, more slowly")
         else:
             self._graphs[name] = Captured(function, given, replay, result)
             self.counts.captures += 1
         finally:
-            self.counts.seconds += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self.counts.seconds += seconds
+            captured(seconds)
+
+    def _tell(self, sentence: str) -> None:
+        if sentence not in self._told:
+            self._told.add(sentence)
+            warnings.warn(sentence, UnipicWarning, stacklevel=2)
 
     def _drop(self) -> None:
         self._graphs: dict[Name, Captured] = {}

@@ -1,16 +1,19 @@
 """One batch through a family's three verbs: condition, sample, decode. Knows no files and no memory budget."""
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels._warm_up import WarmUp, warming_up
+from .errors import UnipicWarning
 from .loaded import Loaded
 from .picture import to_images
 from .precision import true_float32
@@ -18,22 +21,47 @@ from .request import CancelToken, Event
 from .schedules import Rounds, reveal_rounds
 from .task import Batch, Task
 
+LAST = ("decode", "answer")  # the stages behind which what was compiled is said
+
 
 class Clock:
-    """Seconds per stage, summed over batches; waits for the device where a stage ends."""
+    """Seconds per stage, summed over batches; waits for the device where a stage ends.
+
+    `compile` and `capture`, where they are, is what of these went into compiling kernels and capturing graphs.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, {}
+        self.device, self.seconds, self._unsaid = device, {}, WarmUp(announce)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), replace(self._unsaid)
         try:
-            yield
+            with warming_up(self._unsaid):
+                yield
         finally:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self._add(name, time.perf_counter() - start)
+            for part in ("compile", "capture"):
+                if seconds := getattr(self._unsaid, part) - getattr(before, part):
+                    self._add(part, seconds)
+        if name in LAST:
+            self._say()
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def _say(self) -> None:
+        done, self._unsaid = self._unsaid, WarmUp(announce)
+        if done.kernels:
+            what = f"compiled {done.kernels} kernel{'s' * (done.kernels > 1)} in {done.compile:.1f} s"
+            warnings.warn(f"{what}: later runs find them on the disk", UnipicWarning, stacklevel=1)
+
+
+def announce() -> None:
+    text = "compiling kernels for this GPU, once: the first run takes longer"
+    warnings.warn(text, UnipicWarning, stacklevel=1)
 
 
 class Pacer:

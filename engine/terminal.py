@@ -39,7 +39,7 @@ class Terminal:
         if not self.debug:
             warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=UnipicWarning)
-        warnings.filterwarnings("always", message="the kernel ")  # a KernelWarning; its class is torch away
+        warnings.filterwarnings("always", message="the kernels? ")  # a KernelWarning; its class is torch away
         warnings.showwarning = lambda message, *where, **options: self.note(str(message))
         return self
 

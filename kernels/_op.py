@@ -1,7 +1,8 @@
 """What every kernel file is built on: an operator that torch sees on any device, its cost, its cases, its launches.
 
 CUDA runs Triton, the meta device only notes what would be launched, everything else runs plain torch in the tensors'
-own dtype. So do inputs that want a gradient and, after one warning, operators whose kernels cannot be compiled here.
+own dtype. So do inputs that want a gradient, operators that were measured to be slower than torch on this card, and
+operators whose kernels cannot be compiled here: one warning for all that fail alike.
 """
 
 import os
@@ -14,6 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._failure import KernelWarning, NotCompiled, failure, of_the_device
+from ._tuned import torch_is_faster
+from ._warm_up import launching
 
 try:
     if os.environ.get("UNIPIC_RUN_TRITON") == "0":
@@ -39,10 +44,7 @@ except ImportError:  # Windows and macOS, or UNIPIC_RUN_TRITON=0 for a compariso
 LIBRARY = torch.library.Library("unipic", "DEF")
 _interpreted: ContextVar[bool] = ContextVar("interpreted", default=False)
 _recorded: ContextVar["list[Launch] | None"] = ContextVar("recorded", default=None)
-
-
-class KernelWarning(UserWarning):
-    """A kernel cannot run here, and torch does its work."""
+_told: set[str] = set()  # the kinds of failure that users have heard of
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,24 @@ class Launch:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Launch a jitted function; while `recording`, note it too, and on the meta device nothing else."""
+    """Launch a jitted function; while `recording`, note it too, and on the meta device nothing else.
+
+    Raises NotCompiled where Triton has no kernel to launch, and what the device says as it is.
+    """
     if not all(grid):
         return
     recorded = _recorded.get()
     if recorded is not None:
         recorded.append(Launch(kernel, grid, arguments, options))
-    if not any(isinstance(x, Tensor) and x.is_meta for x in arguments):
-        kernel[grid](*arguments, **options)
+    if any(isinstance(x, Tensor) and x.is_meta for x in arguments):
+        return
+    try:
+        with launching():
+            kernel[grid](*arguments, **options)
+    except Exception as error:
+        if _interpreted.get() or of_the_device(error):
+            raise
+        raise NotCompiled(f"{type(error).__name__}: {error}") from error
 
 
 @contextmanager
@@ -128,7 +140,7 @@ class Operator:
         cost: Callable[..., Cost],
     ) -> None:
         self.name, self.torch, self.triton, self.cost = schema.partition("(")[0], torch, triton, cost
-        self.broken = not HAS_TRITON
+        self.broken = "" if HAS_TRITON else "Triton is not here"  # why torch does its work
         LIBRARY.define(schema)
         LIBRARY.impl(self.name, triton, "CompositeExplicitAutograd")
         OPERATORS[f"unipic::{self.name}"] = self
@@ -146,19 +158,22 @@ class Operator:
         tensors = [x for x in arguments if isinstance(x, Tensor)]
         if tensors[0].is_meta:
             return self.op(*arguments)
-        if self.broken or not launches(tensors[0]) or _wants_gradient(tensors):
+        if self.broken or not launches(tensors[0]) or _wants_gradient(tensors) or torch_is_faster(self.name, arguments):
             return self.torch(*arguments)
         try:
             return self.op(*arguments)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if _interpreted.get():
-                raise
-            self.broken = True
-            reason = str(error).partition("\n")[0][:200]
-            warnings.warn(f"the kernel {self.name} does not run here ({reason}): using torch", KernelWarning, 2)
+        except NotCompiled as error:
+            self._give_up(error)
             return self.torch(*arguments)
+
+    def _give_up(self, error: NotCompiled) -> None:
+        """Leave it to torch from now on, and all operators if none can do better."""
+        why = failure(error.__cause__ or error)
+        for operator in OPERATORS.values() if why.everywhere else [self]:
+            operator.broken = operator.broken or str(error)
+        if why.kind not in _told:
+            warnings.warn(why.sentence(self.name), KernelWarning, 2)
+            _told.add(why.kind)
 
 
 OPERATORS: dict[str, Operator] = {}  # by the name under which a dispatch mode sees them

@@ -5,6 +5,8 @@
     source         "measured", with device_name, torch, triton and date; or "heuristic" as long as nothing was measured
     shared_bytes   of one block on that architecture
     kernels        kernel -> shape class -> {"options": {"BLOCK_M": 64, ...}, "microseconds": ..., ...}
+    torch          operator -> class of calls -> {"microseconds": ..., "torch_microseconds": ...}; may be missing. These
+                   calls are torch's on that architecture, where it was the faster one
 
 A launcher asks for its shape class with its heuristic as the default. An entry may set only what the default has, and
 one that cannot be right is ignored with a warning: a table never makes a run fail. Nothing is ever measured here.
@@ -12,7 +14,7 @@ one that cannot be right is ignored with a warning: a table never makes a run fa
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ._op import KernelWarning
+from ._failure import KernelWarning
 
 FOLDER = Path(__file__).with_name("tuned")
 HOME = 89  # where there is no card to ask: what bench/aot.py compiles every configuration for
@@ -91,6 +94,28 @@ def trying(kernel: str, options: Options) -> Iterator[None]:
         _tried.reset(token)
 
 
+def torch_is_faster(operator: str, arguments: Sequence[Any]) -> bool:
+    """Whether this class of an operator's calls is listed as torch's for the card that has the arguments."""
+    device = next(x.device for x in arguments if isinstance(x, Tensor))
+    if device.type != "cuda":
+        return False
+    listed = _table(_capability(device.index)).get("torch", {}).get(operator)
+    return bool(listed) and call_class(arguments) in listed
+
+
+def call_class(arguments: Sequence[Any]) -> str:
+    """Types, rows as in `row_class` by columns of every tensor, flags: "bfloat16 512x1536 2048x1536 True"."""
+    words, dtype = [], None
+    for x in arguments:
+        if isinstance(x, Tensor):
+            words += [] if x.dtype == dtype else [dtype_class(dtype := x.dtype)]
+            columns = x.shape[-1] if x.dim() else 1
+            words.append(f"{row_class(x.numel() // max(columns, 1))}x{columns}")
+        elif isinstance(x, bool | str | torch.dtype):
+            words.append(str(x).removeprefix("torch."))
+    return " ".join(words)
+
+
 def dtype_class(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -128,6 +153,9 @@ def read(path: Path) -> dict[str, Any]:
     kernels = table.get("kernels")
     if not isinstance(kernels, dict) or not all(isinstance(entries, dict) for entries in kernels.values()):
         raise ValueError(f"{path.name} has no kernels, each with its shape classes")
+    slower = table.get("torch", {})
+    if not isinstance(slower, dict) or not all(isinstance(calls, dict) for calls in slower.values()):
+        raise ValueError(f"{path.name} has under torch something else than operators, each with its classes of calls")
     return table
 
 

@@ -44,7 +44,8 @@ def attention_torch(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
 
 
-@triton.jit
+# Counts only end loops and masks: one binary serves them all, since that they are multiples of 16 speeds nothing up.
+@triton.jit(do_not_specialize=["lq", "lk", "heads", "group"])
 def _attention_kernel(
     q_ptr,  # (B, H, Lq, d), last dimension contiguous, as of k and v
     k_ptr,  # (B, K, Lk, d)

@@ -87,7 +87,7 @@ def _attend(
     return acc0, acc1, largest, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lq", "lk", "heads", "group"])
 def _attention_int8_kernel(
     q_ptr,  # (B, H, Lq, d) int8 contiguous
     q_scale_ptr,  # (B, H, Lq)

@@ -44,7 +44,7 @@ def decode_attention_torch(*arguments: Tensor | None) -> Tensor:
     return _by_row(attention_torch, *arguments)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kv_heads", "group", "base_splits", "share"])
 def _decode_kernel(
     q_ptr,  # (R, H, 1, d), last dimension contiguous, as of all caches
     k_ptr,  # (R, K, capacity, d)
@@ -110,7 +110,7 @@ def _decode_kernel(
     tl.store(total_ptr + first + head * splits, state[3], mask=head < group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _join_kernel(
     sums_ptr,  # (R, H, splits, d), as left by the shares
     largest_ptr,

@@ -121,7 +121,9 @@ def _tiles(rows: int, weight: Tensor, **for_many: int) -> dict[str, int]:
         return {"BLOCK_M": 16 if rows <= 16 else 32, "BLOCK_N": 16, "BLOCK_K": k, "num_warps": 4, "num_stages": 4}
     if rows <= 128:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": k // 2, "num_warps": 4, "num_stages": 4}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": k // 2, **for_many}
+    if rows <= 512:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": k // 2, **for_many}
+    return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": k // 4, "num_warps": 8, "num_stages": 3}
 
 
 def _modulated_linear_triton(h, shift, scale, norm_weight, norm_bias, eps, weight, bias, silu):
@@ -228,6 +230,9 @@ def gated_linear(u: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, h: Tenso
     return _gated_linear(u, weight, bias, gate, h)
 
 
+ROWS = (10, 20, 40, 100, 200, 402, 804, 1604)  # of rounds of a picture at 1024x1024, and of batches of two and four
+
+
 def _random(*shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
 
@@ -244,12 +249,16 @@ def modulated_linear_cases() -> list[Case]:
         return arguments
 
     return [
-        *(Case(f"{rows} rows of a block", make(rows, 1536, 1536), "aot gpu") for rows in (10, 20, 40, 100, 200, 402)),
-        *(Case(f"{rows} rows of the final layer", make(rows, 1536, 32, False), "aot gpu") for rows in (10, 402)),
-        *(Case(f"{n} rows in float32", make(n, 1536, 1536, dtype=torch.float32), "aot gpu") for n in (20, 100, 402)),
+        *(Case(f"{rows} rows of a block", make(rows, 1536, 1536), "aot gpu") for rows in ROWS),
+        *(Case(f"{rows} rows of the final layer", make(rows, 1536, 32, False), "aot gpu") for rows in (10, 402, 804)),
+        *(
+            Case(f"{n} rows in float32", make(n, 1536, 1536, dtype=torch.float32), "aot gpu")
+            for n in (20, 100, 402, 804)
+        ),
         Case("few rows, odd widths", make(5, 150, 37, dtype=torch.float32)),
         Case("a few more", make(33, 72, 40)),
         Case("many rows, no weight", make(130, 48, 12, False)),
+        Case("rows of a batch of pictures", make(515, 24, 12)),
         Case("no rows", make(0, 32, 32)),
     ]
 
@@ -265,10 +274,11 @@ def gated_linear_cases() -> list[Case]:
         return arguments
 
     return [
-        *(Case(f"{rows} rows of a block", make(rows, 1536, 1536), "aot gpu") for rows in (10, 20, 40, 100, 200, 402)),
-        *(Case(f"{n} rows in float32", make(n, 1536, 1536, torch.float32), "aot gpu") for n in (20, 100, 402)),
+        *(Case(f"{rows} rows of a block", make(rows, 1536, 1536), "aot gpu") for rows in ROWS),
+        *(Case(f"{n} rows in float32", make(n, 1536, 1536, torch.float32), "aot gpu") for n in (20, 100, 402, 804)),
         Case("few rows, odd widths", make(5, 150, 37, torch.float32)),
         Case("a few more", make(33, 72, 40)),
         Case("many rows", make(130, 48, 12)),
+        Case("rows of a batch of pictures", make(515, 24, 12)),
         Case("no rows", make(0, 32, 32)),
     ]

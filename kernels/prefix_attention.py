@@ -48,7 +48,7 @@ def prefix_attention_torch(*arguments: Tensor) -> Tensor:
     return _by_prompt(attention_torch, *arguments)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "heads", "group"])
 def _prefix_attention_kernel(
     q_ptr,  # (R, H, L, d), last dimension contiguous, as of k, v and the prefixes
     k_ptr,  # (R, K, L, d)
@@ -98,10 +98,10 @@ def _prefix_attention_kernel(
     query = first + tl.arange(0, BLOCK_M)
     none = first * 0
     state = empty_state(BLOCK_M, D0, D1)
-    end = query * 0 + before - 1
-    state = attend(
-        state, q0, q1, prefix_k_ptr, prefix_v_ptr, pk_row, pv_row, none, before, end, scale, D, D0, D1, BLOCK_N, True
-    )
+    whole, last = before // BLOCK_N * BLOCK_N, query * 0 + before - 1
+    pk, pv = prefix_k_ptr, prefix_v_ptr
+    state = attend(state, q0, q1, pk, pv, pk_row, pv_row, none, whole, last, scale, D, D0, D1, BLOCK_N, False)
+    state = attend(state, q0, q1, pk, pv, pk_row, pv_row, whole, before, last, scale, D, D0, D1, BLOCK_N, True)
     k_ptr += row * k_batch + (head // group) * k_head
     v_ptr += row * v_batch + (head // group) * v_head
     whole = first // BLOCK_N * BLOCK_N

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from unipic_run.bench import tune
+from unipic_run.bench import against_torch, tune
 from unipic_run.engine.gpus import SHARED_PER_BLOCK
 from unipic_run.kernels import _tuned
-from unipic_run.kernels._op import HAS_TRITON, recording
+from unipic_run.kernels._op import HAS_TRITON, OPERATORS, recording
 from unipic_run.kernels._registry import checks
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
@@ -171,6 +171,58 @@ def test_arguments_and_reference_are_made_once(monkeypatch):
     wide = [tune.agreement.__globals__["wide"](x) for x in made.case.make("cpu")]
     assert made.reference(*wide) is made.reference(*wide)
     assert torch.equal(made.reference(*wide), check.reference(*wide))
+
+
+@pytest.fixture
+def stopwatch(monkeypatch):
+    """On the CPU: our paths take the seconds given for an operator, those of torch 20 us."""
+    ours = {"norm": 30e-6, "gated_add": 20.2e-6, "swiglu": 10e-6}
+    monkeypatch.setattr(tune.ops, "DEVICE", "cpu")
+    for operator in [OPERATORS[f"unipic::{name}"] for name in ours]:
+        monkeypatch.setattr(operator, "triton", operator.torch)
+
+    def seconds(function, repeat, before=None):
+        function()
+        name = next(x.cell_contents.name for x in function.__closure__ if hasattr(x.cell_contents, "cost"))
+        return 20e-6 if "torch" in function.__code__.co_names else ours[name]
+
+    monkeypatch.setattr(tune.ops, "seconds", seconds)
+    monkeypatch.setattr(against_torch, "agreement", lambda check, device, kernel: SimpleNamespace(holds=True))
+    monkeypatch.setattr(against_torch, "waits", lambda function: function() is NotImplemented)
+    return ours
+
+
+@needs_triton
+def test_what_torch_is_faster_at_is_listed_as_torchs(stopwatch, monkeypatch, tmp_path, capsys):
+    some = [c for c in checks("interp") if c.operator.name in stopwatch]
+    rows = list(against_torch.calls_beside_torch(some, set(stopwatch) - {"swiglu"}, 1))
+    assert {row["operator"] for row in rows} == {"norm", "gated_add"} and not any(row["problem"] for row in rows)
+    assert len(rows) == len({(row["operator"], row["key"]) for row in rows}) > 2
+    stale, kept = {"norm": {rows[-1]["key"]: {}, "other": {"microseconds": 1.0}}, "gated_add": {"x": {}}}, "other"
+    table = against_torch.listed(stale | {"swiglu": {}}, rows)
+    assert table.keys() == {"norm", "gated_add"} and table["gated_add"] == {"x": {}}, "1 % is noise"
+    assert table["norm"].keys() == {row["key"] for row in rows if row["operator"] == "norm"} | {kept}
+    path = tmp_path / "sm_89.json"
+    tune.write(path, 89, [], VERSIONS, rows)
+    assert _tuned.read(path)["torch"].keys() == {"norm"}
+    said = capsys.readouterr().out.splitlines()
+    assert all(line.endswith("  torch") == line.startswith("norm ") for line in said), "what is listed is marked"
+    stopwatch["norm"] = 20e-6  # after better options were found
+    tune.write(path, 89, [], VERSIONS, against_torch.calls_beside_torch(some, {"norm"}, 1))
+    assert _tuned.read(path)["torch"] == {}
+
+
+@needs_triton
+@pytest.mark.parametrize("fault", ["waits", "wrong", "fails"])
+def test_a_torch_path_that_waits_or_a_kernel_that_is_wrong_lists_nothing(stopwatch, monkeypatch, fault):
+    if fault == "waits":
+        monkeypatch.setattr(against_torch, "waits", lambda function: True)
+    elif fault == "wrong":
+        monkeypatch.setattr(against_torch, "agreement", lambda check, device, kernel: SimpleNamespace(holds=False))
+    else:
+        monkeypatch.setattr(tune.ops, "seconds", lambda *how: exec("raise RuntimeError('out of resource: shared')"))
+    rows = list(against_torch.calls_beside_torch([c for c in checks("interp") if c.operator.name == "norm"], None, 1))
+    assert rows and all(row["problem"] for row in rows) and against_torch.listed({}, rows) == {}
 
 
 @pytest.mark.gpu

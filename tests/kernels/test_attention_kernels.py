@@ -1,6 +1,8 @@
 """What the cases of the attention kernels leave out: who runs what, layouts, lengths that change behind a launch."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -118,3 +120,38 @@ def test_decoding_work_depends_on_capacities_only_and_its_workspace_stays_small(
         (_, first), (join, last) = ((launch.kernel.__name__, launch) for launch in launches)
         workspace = sum(x.numel() * 4 for x in last.arguments[:3])
         assert join == "_join_kernel" and first.grid[0] * first.grid[1] <= 260 and workspace < 2 << 20, case.why
+
+
+BINARIES = """
+import torch
+from unipic_run.bench.aot_compile import specialised
+from unipic_run.kernels._op import recording
+from unipic_run.kernels.attention import flash_attention, random_qkv
+from unipic_run.kernels.attention_int8 import attention_int8
+from unipic_run.kernels.decode_attention import decode_attention
+from unipic_run.kernels.prefix_attention import prefix_attention
+
+found = {}
+for length in (1, 16, 33, 48, 70):
+    q, k, v = random_qkv("cpu", 2, 2, 2, length, length, 80)
+    q, k, v = (x.to("meta") for x in (q, k, v))
+    counts = torch.empty(2, dtype=torch.int32, device="meta")
+    with recording() as launches:
+        flash_attention(q, k, v, False)
+        attention_int8(q, k, v)
+        prefix_attention(q, k, v, k, v, counts, counts)
+        decode_attention(q[:, :, :1], k, v, counts)
+    for launch in launches:
+        found.setdefault(launch.kernel.__name__, set()).add(specialised(launch, "here").key)
+print({name: len(keys) for name, keys in found.items()})
+assert {"_attention_kernel", "_attention_int8_kernel", "_prefix_attention_kernel", "_decode_kernel"} <= found.keys()
+assert all(len(found[name]) == 1 for name in found if "attention" in name or "decode" in name)
+"""
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_one_binary_serves_all_lengths() -> None:
+    """Triton makes another one for a number that is 1 or a multiple of 16, unless it is told not to."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", BINARIES], capture_output=True, text=True, env=kept)
+    assert done.returncode == 0, done.stdout + done.stderr

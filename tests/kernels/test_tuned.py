@@ -10,7 +10,7 @@ import pytest
 import torch
 from unipic_run.engine.gpus import SHARED_PER_BLOCK
 from unipic_run.kernels import _tuned
-from unipic_run.kernels._op import HAS_TRITON, KernelWarning, recording
+from unipic_run.kernels._op import HAS_TRITON, OPERATORS, Cost, KernelWarning, Operator, recording
 from unipic_run.kernels._registry import checks
 from unipic_run.kernels.int8_linear import int8_linear
 from unipic_run.kernels.norms import rms_norm
@@ -86,7 +86,17 @@ def test_an_entry_that_cannot_be_right_is_ignored_with_one_warning(table, option
 
 
 @needs_triton
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"source": "guessed"}', '{"source": "measured", "kernels": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"source": "guessed"}',
+        '{"source": "measured", "kernels": {}}',
+        '{"source": "measured", "shared_bytes": 101376, "kernels": {}, "torch": ["norm"]}',
+    ],
+)
 def test_a_table_that_cannot_be_read_is_ignored_with_one_warning(table, tmp_path, text):
     heuristic = product()
     (tmp_path / "sm_89.json").write_text(text)
@@ -136,6 +146,47 @@ def test_kernels_with_candidates_ask():
     assert asked >= {"attention", "attention_int8", "decode_attention", "int8_linear", "int8_weight", "norm"}
 
 
+class OnCard(torch.Tensor):
+    """Says that it is on the second of two cards."""
+
+    device = property(lambda self: torch.device("cuda", 1))
+    is_cuda = True
+
+
+@pytest.fixture
+def two_cards(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (8, 9))[index])
+    _tuned._capability.cache_clear()
+    yield
+    _tuned._capability.cache_clear()
+
+
+@needs_triton
+def test_calls_that_torch_was_faster_at_are_torchs_on_that_card_and_no_others(table, two_cards):
+    taken = []
+    paths = {name: lambda x, flag, name=name: taken.append(name) or x.clone() for name in ("torch", "triton")}
+    operator = Operator("planted_slow(Tensor x, bool flag) -> Tensor", **paths, cost=Cost)
+    x = torch.ones(400, 8)
+    measured = {"float32 512x8 True": {"microseconds": 9.0, "torch_microseconds": 7.0}}
+    try:
+        for listed in ({}, {"planted_slow": measured}):
+            table({}, torch=listed)
+            for rows, flag in ((400, True), (500, True), (600, True), (400, False)):
+                operator(torch.ones(rows, 8).as_subclass(OnCard), flag)
+        operator(x, True)
+        operator(x.to("meta"), True)
+    finally:
+        del OPERATORS["unipic::planted_slow"]
+    ours = "triton"
+    assert taken == [ours] * 4 + ["torch", "torch", ours, ours] + ["torch", ours], "the CPU is torch's anyway"
+
+
+def test_classes_of_calls():
+    x, weight = torch.empty(2, 3, 50, 80, dtype=torch.float16), torch.empty(4, 80, dtype=torch.int8)
+    words = _tuned.call_class((x, x, weight, None, 1e-6, 7, True, torch.bfloat16, torch.empty(0, 5), torch.tensor(1)))
+    assert words == "float16 512x80 512x80 int8 4x80 True bfloat16 float32 0x5 int64 1x1"
+
+
 def test_row_classes():
     assert [_tuned.row_class(n) for n in (0, 1, 2, 33, 400, 4160, 8320)] == [0, 1, 2, 64, 512, 8192, 16384]
 
@@ -146,6 +197,7 @@ def test_shipped_tables_are_whole_and_honest(path):
     assert table["shared_bytes"] == SHARED_PER_BLOCK[int(path.stem.removeprefix("sm_"))]
     if table["source"] == "heuristic":
         assert not table["kernels"], "what was not measured is in the kernel's own file"
+        assert not table.get("torch"), "nobody knows yet where torch is faster"
     else:
         assert {"device_name", "torch", "triton", "date"} <= table.keys()
         assert all(entry["microseconds"] > 0 for entries in table["kernels"].values() for entry in entries.values())

@@ -20,6 +20,9 @@ from .config import HeadConfig
 NORM_EPS = 1e-6
 CHUNK = 10  # timesteps whose modulations are made at once, at most, where steps are launched or replayed
 CHUNK_BYTES = 2**28  # that these may take, anywhere
+# Fewer timesteps would be more than 30 launches a step, so a batch's many rows may take up to BATCH_BYTES for these:
+# less than what the language model needs for a round of as many pictures.
+FEW, BATCH_BYTES = 5, 2**30
 
 
 def timestep_features(timesteps: Tensor, width: int) -> Tensor:
@@ -113,9 +116,10 @@ class DiffusionHead(nn.Module):
         return self.final(h, next(modulations))
 
     def most_steps(self, rows: int) -> int:
-        """The most timesteps, at least one, whose modulations of so many rows fit CHUNK_BYTES."""
+        """The most timesteps, at least one, whose modulations of so many rows fit CHUNK_BYTES, or FEW."""
         width, itemsize = self.config.width, self.input_proj.weight.element_size()
-        return max(1, CHUNK_BYTES // max(1, rows * (3 * self.config.depth + 2) * width * itemsize))
+        step = max(1, rows * (3 * self.config.depth + 2) * width * itemsize)
+        return max(1, CHUNK_BYTES // step, FEW if FEW * step <= BATCH_BYTES else 0)
 
     def sample(
         self,
