@@ -1,29 +1,26 @@
-"""What a request needs of memory and time, by a dry run that is kept in the cache folder for the next time."""
+"""What requests to one model need of memory and time, by dry runs that are kept for the next time.
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+A plan is made for all requests of a shape: for the longest prompt that is kept under it, so none of them needs more.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from .. import __version__
 from ..quant.recipe import Recipe
-from .checkpoint.cache import cache_root
 from .gpus import Card
+from .kept_plans import is_kept, kept
 from .layers.attention import Attention
 from .loaded import Loaded
-from .meter import Meter
 from .noise import PhiloxNoise
-from .plan import META, Plan, dry_answer, dry_run, shapes, total
+from .plan import BANDED, META, Plan, dry_answer, dry_run, shapes
 from .residency import Bands, Stage
 from .task import Batch, Task
 
-ROUNDED = 32  # tokens to which a prompt's length is rounded, so that other prompts are not planned anew
+ROUNDED = 32  # tokens to which a prompt's length is rounded up, so that other prompts are not planned anew
+SEAM = 4  # tokens more that a prompt may take between other words than alone; heuristic
+PROMPT = "\ue000"  # stands for a prompt; of the private use area
+PROBE = "<|im_start|>user\nA sentence, <image> and the rest."  # tells tokenizers apart
 
 
 class Forecast:
@@ -34,105 +31,113 @@ class Forecast:
         attention = Attention(loaded.family.attention_backend(loaded.model))
         self.attention = attention if attention.ours else Attention()  # other packages do nothing on the meta device
 
-    def costs(self, task: Task, prompts: Sequence[str], images: int) -> dict[str, dict[str, Any]]:
-        """By stage of a batch of so many of these images: activation bytes, seconds, FLOP, bytes moved, launches."""
-        distinct = sorted(set(prompts), key=self._length, reverse=True)[:images]
-        return self._found(
-            {
-                "kind": task.kind,
-                "grid": [task.rows, task.columns],
-                "cells": None if task.cells is None else int(task.cells.sum()),
-                "steps": task.steps,
-                "guided": task.guidance != 1.0,
-                "images": images,
-                "prompts": len(distinct),  # each has a copy of what they share
-                "longest": max(map(self._length, (*distinct, task.negative or ""))),
-            },
-            lambda: self._made(task, [*distinct, *[distinct[0]] * (images - len(distinct))]),
-        )
+    def plan(self, task: Task, prompts: Sequence[str], images: int) -> Plan:
+        """Of a batch of so many images, decoded whole and, as the stage BANDED, in bands."""
+        shape = self.shape(task, prompts, images)
+        return kept(shape, lambda: self.fresh(task, prompts, images))
+
+    def fresh(self, task: Task, prompts: Sequence[str], images: int) -> Plan:
+        """The same, but never a kept one: it has its history."""
+        shape, pixels = self.shape(task, prompts, images), None if task.pixels is None else task.pixels.to(META)
+        task = replace(task, pixels=pixels, negative=None if task.negative is None else PROMPT * 2)
+        texts = [f"{PROMPT}{min(index, shape['prompts'] - 1)}" for index in range(images)]
+        batch = Batch(texts, [PhiloxNoise(seed) for seed in range(images)])
+        return dry_run(self._meta(shape["longest"]), task, batch, bands=True)
+
+    def is_kept(self, task: Task, prompts: Sequence[str], images: int) -> bool:
+        return is_kept(self.shape(task, prompts, images))
+
+    def shape(self, task: Task, prompts: Sequence[str], images: int) -> dict[str, Any]:
+        """All that a plan depends on. `longest`: tokens of the longest prompt that may be planned so."""
+        longest = sorted(map(self._length, set(prompts)), reverse=True)[:images]
+        negative = [] if task.negative is None else [self._length(task.negative)]
+        return self._how() | {
+            "kind": task.kind,
+            "grid": [task.rows, task.columns],
+            "cells": None if task.cells is None else int(task.cells.sum()),
+            "steps": task.steps,
+            "guided": task.guidance != 1.0,
+            "negative": task.negative is not None,
+            "images": images,
+            "prompts": len(longest),  # each has a copy of what they share
+            "longest": max(longest + negative),
+        }
 
     def pictures(self, task: Task, prompts: Sequence[str], images: int, previews: bool) -> tuple[Stage, ...]:
         """The stages of such a batch."""
-        family, found = self.loaded.family, self.costs(task, prompts, images)
+        family, plan = self.loaded.family, self.plan(task, prompts, images)
         needs = {name: tuple(family.needs[name]) for name in ("condition", "sample", "decode")}
         if task.pixels is not None:
             needs["condition"] += tuple(family.needs["encode"])
         if previews:
             needs["sample"] += tuple(family.needs["decode"])
-            most = max(found[name]["activation"] for name in ("sample", "decode"))
-            found = found | {"sample": found["sample"] | {"activation": most}}
         passes = {"condition": 2, "sample": task.steps, "decode": 1}
-        return tuple(self._stage(name, needs[name], passes[name], found[name]) for name in needs)
+        condition, sample, decode = self._stages(plan, needs, passes)
+        decode = replace(decode, bands=Bands(plan.stages[BANDED].peak_bytes, plan.seconds(self.card)[BANDED]))
+        return condition, with_previews(sample, decode, plan) if previews else sample, decode
 
-    def answer_costs(self, side: int, question: str, limit: int) -> dict[str, dict[str, Any]]:
-        """The same of a question about a picture of side x side tokens, answered by at most `limit`."""
-        shape = {"kind": "ask", "side": side, "prompt": self._length(question), "limit": limit}
-        return self._found(shape, lambda: self._told(dry_answer(self._meta(), side, question, limit)))
+    def answer_plan(self, side: int, question: str, limit: int) -> Plan:
+        """Of a question about a picture of side x side tokens, answered by at most `limit`."""
+        return kept(self.answer_shape(side, question, limit), lambda: self.fresh_answer(side, question, limit))
+
+    def fresh_answer(self, side: int, question: str, limit: int) -> Plan:
+        return dry_answer(self._meta(self._length(question)), side, PROMPT, limit)
+
+    def answer_is_kept(self, side: int, question: str, limit: int) -> bool:
+        return is_kept(self.answer_shape(side, question, limit))
+
+    def answer_shape(self, side: int, question: str, limit: int) -> dict[str, Any]:
+        return self._how() | {"kind": "ask", "side": side, "longest": self._length(question), "limit": limit}
 
     def answers(self, side: int, question: str, limit: int) -> tuple[Stage, ...]:
         """The stages of such a question."""
-        family, found = self.loaded.family, self.answer_costs(side, question, limit)
-        reading = (*family.needs["encode"], *family.needs["condition"])
-        return (
-            self._stage("condition", reading, 1, found["condition"]),
-            self._stage("answer", tuple(family.needs["answer"]), limit, found["answer"]),
-        )
+        family = self.loaded.family
+        needs = {"condition": (*family.needs["encode"], *family.needs["condition"]), "answer": family.needs["answer"]}
+        return self._stages(self.answer_plan(side, question, limit), needs, {"condition": 1, "answer": limit})
+
+    def _how(self) -> dict[str, Any]:
+        """What all plans of the model depend on; a card's rates come in later."""
+        loaded = self.loaded
+        how = {"config": asdict(loaded.config), "dtype": str(loaded.dtype), "attention": self.attention.backend}
+        return how | {"scheme": self.recipe.scheme, "tokens": len(loaded.tokens.encode(PROBE))}
 
     def _length(self, text: str) -> int:
-        return -(-len(self.loaded.tokens.encode(text)) // ROUNDED)
+        return -(-(len(self.loaded.tokens.encode(text)) + SEAM) // ROUNDED) * ROUNDED
 
-    def _stage(self, name: str, needs: tuple[str, ...], passes: int, found: dict[str, Any]) -> Stage:
-        lookups = frozenset(self.loaded.family.lookups.get(name, ()))
-        bands = Bands(found["bands"]["activation"], found["bands"]["seconds"]) if "bands" in found else None
-        told = {key: found[key] for key in ("activation", "seconds", "shares")}
-        return Stage(name, tuple(dict.fromkeys(needs)), passes=passes, lookups=lookups, bands=bands, **told)
+    def _stages(self, plan: Plan, needs: Mapping[str, Sequence[str]], passes: Mapping[str, int]) -> tuple[Stage, ...]:
+        seconds, shares = plan.seconds(self.card), plan.shares(self.card)
+        return tuple(
+            Stage(
+                name,
+                needs=tuple(dict.fromkeys(parts)),
+                activation=plan.stages[name].peak_bytes,
+                seconds=seconds[name],
+                passes=passes[name],
+                lookups=frozenset(self.loaded.family.lookups.get(name, ())),
+                shares=shares[name],
+            )
+            for name, parts in needs.items()
+        )
 
-    def _meta(self) -> Loaded:
+    def _meta(self, longest: int) -> Loaded:
         loaded = self.loaded
         model = shapes(loaded.family, loaded.config, self.recipe, loaded.dtype, self.attention)
-        return Loaded(loaded.family, model, loaded.tokens, META)
+        return Loaded(loaded.family, model, LongestPrompts(loaded.tokens, longest), META)
 
-    def _made(self, task: Task, prompts: list[str]) -> dict[str, Any]:
-        """The stages of a batch, and what decoding in bands costs."""
-        meta, meter = self._meta(), Meter()
-        pixels = None if task.pixels is None else task.pixels.to(META)
-        batch = Batch(prompts, [PhiloxNoise(seed) for seed in range(len(prompts))])
-        found = self._told(dry_run(meta, replace(task, pixels=pixels), batch))
-        shape = (len(prompts), task.rows * task.columns, meta.config.mar.channels)
-        with torch.inference_mode(), meter:
-            latents = torch.empty(shape, dtype=meta.dtype, device=META)
-            meta.family.decode(meta.model, latents, task.rows, task.columns, bands=True)
-        found["decode"]["bands"] = self._told(Plan({"": total(meter, "")}, {}, meter.calls))[""]
-        return found
 
-    def _told(self, plan: Plan) -> dict[str, Any]:
-        seconds, shares = plan.seconds(self.card), plan.shares(self.card)
-        return {
-            name: {
-                "activation": stage.peak_bytes,
-                "seconds": seconds[name],
-                "shares": shares[name],
-                "flop": stage.flop,
-                "nbytes": stage.nbytes,
-                "launches": stage.launches,
-            }
-            for name, stage in plan.stages.items()
-        }
+class LongestPrompts:
+    """Tokens in which every prompt has the greatest length there is; what stands around it has its own."""
 
-    def _found(self, shape: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What was kept for this shape of request; else it is made and kept."""
-        path = self._path(shape)
-        with suppress(OSError, ValueError):
-            return json.loads(path.read_text("utf-8"))
-        found = make()
-        with suppress(OSError):  # a cache that cannot be written is no reason to fail
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-            partial.write_text(json.dumps(found), encoding="utf-8")
-            partial.replace(path)
-        return found
+    def __init__(self, tokens: Any, longest: int) -> None:
+        self.tokens, self.longest = tokens, longest
 
-    def _path(self, shape: dict[str, Any]) -> Path:
-        how = [__version__, torch.__version__, asdict(self.loaded.config), str(self.loaded.dtype), self.recipe.scheme]
-        told = json.dumps([*how, self.attention.backend, self.card.name, shape], sort_keys=True)
-        return cache_root() / "plans" / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
+    def encode(self, text: str) -> list[int]:
+        around = self.tokens.encode(text.replace(PROMPT, ""))
+        return around + [0] * (self.longest * (PROMPT in text))
+
+
+def with_previews(sample: Stage, decode: Stage, plan: Plan) -> Stage:
+    """`sample` where pictures are decoded between its rounds: beside what the sampler keeps, not instead of it."""
+    decoding = plan.between_rounds - plan.before_decode
+    bands = Bands(max(sample.activation, decoding + decode.bands.activation), sample.seconds)
+    return replace(sample, activation=max(sample.activation, decoding + decode.activation), bands=bands)

@@ -8,7 +8,6 @@ measurement in `bench/results/`.
 Peaks are dense, with float32 sums, at the vendor's boost clock. Shared memory is what one block may ask for.
 """
 
-import math
 from dataclasses import dataclass
 
 KIB, GIB = 2**10, 2**30
@@ -57,11 +56,6 @@ class Card:
         busy = max(flop / self.flop_per_second(kind, precision), nbytes / self.bytes_per_second)
         return busy + launches * NODE_SECONDS
 
-    def waves(self, rows: int, columns: int, tile: tuple[int, int] = (128, 128)) -> float:
-        """At least 1: what a matrix product loses because its tiles fill the SMs a whole number of times."""
-        tiles = math.ceil(rows / tile[0]) * math.ceil(columns / tile[1])
-        return math.ceil(tiles / self.sms) * self.sms / tiles if tiles else 1.0
-
 
 def _geforce(
     model: str, capability: int, sms: int, gib: int, bf16: float, int8: float, gb_per_second: float, name: str = ""
@@ -73,9 +67,11 @@ def _geforce(
 # The vendor's architecture whitepapers and data sheets. torch says the same name for some cards of two VRAM sizes:
 # the name then finds the common one.
 _CARDS = (
+    _geforce("3050", 86, 18, 6, 13.5, 54.2, 168, name="rtx3050-6g"),
     _geforce("3060", 86, 28, 12, 25.5, 102.0, 360),
     _geforce("3080", 86, 68, 10, 59.5, 238.0, 760),
     _geforce("3090", 86, 82, 24, 71.0, 284.0, 936),
+    _geforce("4060", 89, 24, 8, 30.2, 121.0, 272),
     _geforce("4060 Ti", 89, 34, 16, 44.1, 176.5, 288, name="rtx4060ti-16g"),
     _geforce("4070", 89, 46, 12, 58.3, 233.2, 504),
     _geforce("4070 Ti SUPER", 89, 66, 16, 88.2, 352.8, 672),

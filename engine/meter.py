@@ -5,7 +5,8 @@
         ...
     meter.peaks["sample"], meter.total(stage="sample").flop
 
-Memory is that of storages that live, so views cost nothing and a storage counts until its last view has gone. Our own
+Memory is that of storages that live, in blocks of 512 bytes as CUDA's allocator makes them, so views cost nothing and a
+storage counts until its last view has gone; what the allocator would reserve for them is estimated beside it. Our own
 operators say what they cost (`kernels/`); of torch's, matrix products, convolutions and attention are counted by their
 formulas and everything else as free but for the bytes it moves. An operation of torch is one launch unless it only
 makes a view or room. Works in inference mode only, where torch hands over whole operations such as attention.
@@ -14,8 +15,8 @@ makes a view or room. Works in inference mode only, where torch hands over whole
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from math import prod
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -23,22 +24,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels._op import OPERATORS, Operator, recording
+from .formulas import FORMULAS, KIND, bytes_of, kind_of_ours, precision
+from .segments import Block, Segments, rounded
 
-# Kinds of work by the names of torch's operations; whatever is not named is elementwise.
-KINDS = {
-    "matmul": "mm addmm bmm baddbmm _int_mm convolution",
-    "attention": "scaled_dot_product_attention",
-    "norm": "native_layer_norm native_group_norm _native_batch_norm_legit_no_training native_batch_norm "
-    "cudnn_batch_norm",
-    "movement": "copy_ clone _to_copy cat stack repeat index index_put index_put_ index_select gather scatter scatter_ "
-    "embedding fill_ zero_ constant_pad_nd upsample_nearest2d zeros ones full arange",
-}
-KIND = {name: kind for kind, names in KINDS.items() for name in names.split()}
-LOOKUPS = {"index", "index_select", "gather", "embedding"}  # read as much as they return, not the whole table
-BLIND = {"copy_", "fill_", "zero_", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"}
 FREE = {"lift_fresh", "detach_"}  # book-keeping of torch.tensor(...)
-# Ours, by what their names contain.
-OUR_KINDS = {"attention": "attention", "linear": "matmul", "int8_weight": "matmul", "norm": "norm"}
+WHOLE: set[Any] = set()  # operations of which is known that they do not consist of others
 
 
 @dataclass(frozen=True)
@@ -63,16 +53,32 @@ class Total:
     launches: int
 
 
+@dataclass(frozen=True)
+class Span:
+    """What something did: its calls, and the most that lived meanwhile above what lived before."""
+
+    calls: Counter[Call]
+    above: int
+
+
 class Meter(TorchDispatchMode):
-    """`calls` counts equal operations together; `peaks` are the most bytes that lived, by stage."""
+    """`calls` counts equal operations together; `peaks` are the most bytes that lived, by stage.
+
+    `reserved`: what the allocator had reserved by the end of each stage. `history`: what was called and the peak
+    meanwhile, in order.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[Call] = Counter()
+        self.history: list[tuple[Counter[Call], int]] = []
         self.current = 0
         self.peaks: dict[str, int] = {}
-        self._living: dict[int, tuple[weakref.ref, int]] = {}  # by the storage's address
+        self.reserved: dict[str, int] = {}
+        self._living: dict[int, tuple[weakref.ref, int, list[tuple[Segments, Block]]]] = {}  # by the storage's address
+        self._segments = [Segments()]  # the card's, and those that follow along for a while
         self._inside: list[int] = []  # launches so far in the operators of ours that are running, the innermost last
+        self._since = self._highest = 0  # the peaks since the last call, and in the span that is being followed
         self.stage = ""
 
     @property
@@ -82,12 +88,48 @@ class Meter(TorchDispatchMode):
 
     @stage.setter
     def stage(self, name: str) -> None:
-        self._stage = name
-        self._peak()
+        self._stage, self._since = name, self.current
+        self._peak(self.current)
 
     @property
     def peak(self) -> int:
         return max(self.peaks.values())
+
+    @contextmanager
+    def followed_by(self, *segments: Segments) -> Iterator[None]:
+        """Inside, what is allocated on the card is allocated there as well."""
+        before, self._segments = self._segments, [*self._segments, *segments]
+        try:
+            yield
+        finally:
+            self._segments = before
+
+    @contextmanager
+    def aside(self, stage: str) -> Iterator[None]:
+        """Inside is another stage, in the same memory; afterwards the allocator is as it was before."""
+        before, outer = self._segments, self.stage
+        self._segments = [before[0].copy()]
+        self.stage = stage
+        try:
+            yield
+        finally:
+            self._segments = before
+            self.stage = outer
+
+    def span(self, work: Callable[[], Any]) -> tuple[Any, Span]:
+        """What the work returned, and what it did."""
+        calls, outer, start = self.calls.copy(), self._highest, self.current
+        self._highest = start
+        result = work()
+        span = Span(self.calls - calls, self._highest - start)
+        self._highest = max(outer, self._highest)
+        return result, span
+
+    def repeat(self, span: Span) -> None:
+        """The same once more, without doing it."""
+        self.calls.update(span.calls)
+        self._peak(self.current + span.above)
+        self._remember(span.calls)
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
         """Count tensors that were there before, such as weights, as living."""
@@ -115,11 +157,12 @@ class Meter(TorchDispatchMode):
         kwargs = kwargs or {}
         if operator := OPERATORS.get(function._schema.name):
             return self._ours(operator, args, kwargs)
-        if function._opname not in FORMULAS:
+        if function._opname not in FORMULAS and function not in WHOLE:
             with self:
                 result = function.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+            WHOLE.add(function)
         result = function(*args, **kwargs)
         self._torchs(function, args, kwargs, result)
         return result
@@ -134,7 +177,7 @@ class Meter(TorchDispatchMode):
             self._inside[-1] += count
             return result
         tensors = list(tensors_in((args, kwargs)))
-        kind = next((kind for part, kind in OUR_KINDS.items() if part in operator.name), "elementwise")
+        kind = kind_of_ours(operator.name)
         self._note(kind, precision(tensors), operator.name, result, cost.flop, cost.nbytes, count)
         return result
 
@@ -150,33 +193,41 @@ class Meter(TorchDispatchMode):
             self._inside[-1] += 1
             return
         flop = FORMULAS[name](args, kwargs, result) if name in FORMULAS else 0
-        moved = sum(touched(x) for x in results)
-        if name in LOOKUPS:
-            moved *= 2
-        else:
-            moved += sum(touched(x) for x in read[name in BLIND :])
+        moved = bytes_of(name, read, results)
         self._note(KIND.get(name, "elementwise"), precision(read or results), name, result, flop, moved, 1)
 
     def _note(self, kind: str, how: str, name: str, result: Any, flop: int, nbytes: int, launches: int) -> None:
         shape = next((tuple(x.shape) for x in tensors_in(result)), ())
-        self.calls[Call(self.stage, kind, how, name, shape, flop, nbytes, launches)] += 1
+        call = Call(self.stage, kind, how, name, shape, flop, nbytes, launches)
+        self.calls[call] += 1
+        self._remember(Counter((call,)))
+
+    def _remember(self, calls: Counter[Call]) -> None:
+        self.history.append((calls, self._since))
+        self._since = self.current
 
     def _live(self, tensor: Tensor, read: Sequence[Tensor] = ()) -> bool:
         """Whether the tensor's storage is new, and not that of an argument; if so it counts until it dies."""
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage._cdata, rounded(storage.nbytes())
         if key in self._living or any(x.untyped_storage()._cdata == key for x in read):
             return False
-        self._living[key] = weakref.ref(storage, lambda _: self._died(key)), size
+        blocks = [(segments, segments.take(size)) for segments in self._segments if size]
+        self._living[key] = weakref.ref(storage, lambda _: self._died(key)), size, blocks
         self.current += size
-        self._peak()
+        self._peak(self.current)
         return True
 
-    def _peak(self) -> None:
-        self.peaks[self.stage] = max(self.peaks.get(self.stage, 0), self.current)
+    def _peak(self, level: int) -> None:
+        self.peaks[self.stage] = max(self.peaks.get(self.stage, 0), level)
+        self.reserved[self.stage] = max(self.reserved.get(self.stage, 0), self._segments[0].reserved, level)
+        self._since, self._highest = max(self._since, level), max(self._highest, level)
 
     def _died(self, key: int) -> None:
-        self.current -= self._living.pop(key)[1]
+        _, size, blocks = self._living.pop(key)
+        self.current -= size
+        for segments, block in blocks:
+            segments.give(block)
 
 
 def tensors_in(x: Any) -> Iterator[Tensor]:
@@ -185,49 +236,5 @@ def tensors_in(x: Any) -> Iterator[Tensor]:
     elif isinstance(x, (tuple, list, dict)):
         for part in x.values() if isinstance(x, dict) else x:
             yield from tensors_in(part)
-
-
-def touched(x: Tensor) -> int:
-    """Bytes that x covers in memory, an expanded dimension counting once."""
-    return x.element_size() * prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride)
-
-
-def precision(tensors: list[Tensor]) -> str:
-    """By the first tensor: in a product the activations, whose type the tensor cores multiply in."""
-    names = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    return names.get(tensors[0].dtype, "fp32") if tensors else "fp32"
-
-
-def _product(left: int, right: int) -> Callable[..., int]:
-    """The formula of a matrix product of the arguments at these places, (..., M, K) and (..., K, N)."""
-
-    def flop(args: Sequence[Any], kwargs: dict[str, Any], result: Tensor) -> int:
-        return 2 * args[left].numel() * args[right].shape[-1]
-
-    return flop
-
-
-def _convolution(args: Sequence[Any], kwargs: dict[str, Any], result: Tensor) -> int:
-    x, weight, transposed = args[0], args[1], args[6]
-    return 2 * (x if transposed else result).numel() * weight[0].numel()
-
-
-def _attention(args: Sequence[Any], kwargs: dict[str, Any], result: Tensor) -> int:
-    """Both products, q (..., L, d), k (..., S, d), v (..., S, e); of a causal mask only what it lets through."""
-    q, k, v = args[:3]
-    queries, keys = q.shape[-2], k.shape[-2]
-    pairs = queries * keys
-    if args[5] if len(args) > 5 else kwargs.get("is_causal", False):
-        pairs = sum(min(row + 1, keys) for row in range(queries))
-    return 2 * q[..., 0, 0].numel() * pairs * (q.shape[-1] + v.shape[-1])
-
-
-FORMULAS = {
-    "mm": _product(0, 1),
-    "addmm": _product(1, 2),
-    "bmm": _product(0, 1),
-    "baddbmm": _product(1, 2),
-    "_int_mm": _product(0, 1),
-    "convolution": _convolution,
-    "scaled_dot_product_attention": _attention,
-}
+    elif is_dataclass(x):
+        yield from tensors_in(tuple(getattr(x, field.name) for field in fields(x)))

@@ -4,39 +4,46 @@
     plan = dry_run(Loaded(family, model, tokens, META), task, batch)
     plan.stages["sample"].launches, plan.seconds(gpus.card("rtx4090"))
 
-Counts are those of the Triton path whatever this machine has. A picture at 1024x1024 in 32 rounds takes some seconds
-of one CPU core: every round is run, but of its denoising steps only one chunk of each shape.
+Counts are those of the Triton path whatever this machine has. Every round is run, but of layers and denoising steps
+only one of each shape.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..quant.recipe import Recipe
 from . import weights
+from .foreseen import ForeseenGraphs, Held
 from .gpus import Card
 from .layers.attention import Attention
-from .loaded import Loaded
+from .loaded import Loaded, Placed
 from .meter import Call, Meter
-from .request import PATCH, CancelToken
-from .run import Watch, run_batch
+from .repeats import once
+from .request import PATCH, CancelToken, Event
+from .run import Watch, run_batch, to_levels
 from .task import Batch, Task
 from .verbs import Verbs
 
 META = torch.device("meta")
+BANDED = "decode in bands"  # a stage in place of `decode`
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Totals of one stage; `peak_bytes` is what lives beside the weights."""
+    """Totals of one stage; `peak_bytes` is what lives beside the weights.
+
+    `reserved_bytes`: an estimate of what torch's allocator has reserved for that by the end of the stage.
+    """
 
     peak_bytes: int
+    reserved_bytes: int
     flop: int
     nbytes: int
     launches: int
@@ -44,11 +51,20 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """`parts`: bytes of each part's weights. `calls`: every operation and how often, of `sample` or `sample/llm`."""
+    """`parts`: bytes of each part's weights. `calls`: every operation and how often, of `sample` or `sample/llm`.
+
+    Of pictures, `between_rounds` and `before_decode` are bytes that live at these moments beside the weights, `graphs`
+    what CUDA graphs would hold, by what is captured, and `history` the operations in order, each with the peak
+    meanwhile.
+    """
 
     stages: dict[str, Stage]
     parts: dict[str, int]
     calls: Counter[Call]
+    between_rounds: int = 0
+    before_decode: int = 0
+    graphs: dict[str, Held] = field(default_factory=dict)
+    history: Sequence[tuple[Counter[Call], int]] = ()
 
     def seconds(self, card: Card) -> dict[str, float]:
         """The roofline of each stage: the sum over its operations of arithmetic or memory, and of their launches."""
@@ -69,8 +85,11 @@ class Plan:
         """(stage, stack or nothing, seconds) of each kind of call."""
         for call, times in self.calls.items():
             stage, _, stack = call.stage.partition("/")
-            one = card.seconds(call.kind, call.precision, call.flop, call.nbytes, call.launches)
-            yield stage, stack, times * one
+            yield stage, stack, times * seconds_of(call, card)
+
+
+def seconds_of(call: Call, card: Card) -> float:
+    return card.seconds(call.kind, call.precision, call.flop, call.nbytes, call.launches)
 
 
 def shapes(family: Verbs, config: Any, recipe: Recipe, dtype: torch.dtype, attend: Attention) -> nn.Module:
@@ -78,42 +97,62 @@ def shapes(family: Verbs, config: Any, recipe: Recipe, dtype: torch.dtype, atten
     return weights.prepared(partial(family.build, config, attend), recipe).to(dtype)
 
 
-def dry_run(loaded: Loaded, task: Task, batch: Batch) -> Plan:
-    """The plan of one batch of pictures. `loaded.model` and the task's pixels are on the meta device."""
-    meter, model = Meter(), loaded.model
-    watch = Watch(lambda event: None, CancelToken(), preview_every=0)
-    part, method = loaded.family.repeated
-    counted = once(meter, getattr(model, part), method), by_stack(meter, model, loaded.family.stacks)
-    with torch.inference_mode(), counted[0], counted[1], meter:
-        run_batch(loaded, task, batch, None, StageClock(meter), watch)
-    stages = {name: total(meter, name) for name in meter.peaks if name and "/" not in name}
-    return Plan(stages, {name: nbytes(child) for name, child in model.named_children()}, meter.calls)
+def dry_run(loaded: Loaded, task: Task, batch: Batch, bands: bool = False) -> Plan:
+    """The plan of one batch of pictures. `loaded.model` and the task's pixels are on the meta device.
+
+    With `bands` it also has BANDED, as if that had come in place of `decode`.
+    """
+    meter, model, lived = Meter(), loaded.model, []
+    clock, graphs = StageClock(meter), ForeseenGraphs(meter)
+
+    def note(event: Event) -> None:
+        lived.append(meter.current)
+
+    def enter(stage: str) -> None:
+        if bands and stage == "decode":
+            with meter.aside(BANDED):
+                latents = torch.empty(len(batch.noises), task.rows * task.columns, model.config.mar.channels, **like)
+                to_levels(loaded.family.decode(model, latents, task.rows, task.columns, bands=True))
+
+    like = {"dtype": loaded.dtype, "device": META}
+    watch, loaded = Watch(note, CancelToken(), preview_every=0), replace(loaded, placed=Placed(enter))
+    counted = once(meter, model, loaded.family.repeated), by_stack(meter, model, loaded.family.stacks)
+    with torch.inference_mode(), in_place_of_graphs(model, graphs), counted[0], counted[1], meter:
+        run_batch(loaded, task, batch, None, clock, watch)
+    live = {"between_rounds": max(lived), "before_decode": clock.entered["decode"]}
+    return Plan(stages_of(meter), parts_of(model), meter.calls, **live, graphs=graphs.held(), history=meter.history)
 
 
 def dry_answer(loaded: Loaded, side: int, question: str, limit: int) -> Plan:
     """The plan of a question about a picture of side x side tokens, answered by `limit` tokens."""
     meter, model, family = Meter(), loaded.model, loaded.family
     ids = family.question_ids(loaded.tokens, question)
-    with torch.inference_mode(), meter:
+    with torch.inference_mode(), once(meter, model, family.repeated), meter:
         meter.stage = "condition"
         pixels = torch.empty(1, 3, side * PATCH, side * PATCH, dtype=loaded.dtype, device=META)
         cache = family.look_to_answer(model, loaded.tokens, pixels, side, side, spare=len(ids) + limit)
         meter.stage = "answer"
         family.next_logits(model, cache, ids)
-        before = meter.calls.copy()
-        family.next_logits(model, cache, ids[:1])
-    for call, times in (meter.calls - before).items():
-        meter.calls[call] += times * (limit - 2)
-    stages = {name: total(meter, name) for name in ("condition", "answer")}
-    return Plan(stages, {name: nbytes(child) for name, child in model.named_children()}, meter.calls)
+        _, token = meter.span(lambda: family.next_logits(model, cache, ids[:1]))
+        for _ in range(limit - 2):
+            meter.repeat(token)
+    return Plan(stages_of(meter), parts_of(model), meter.calls, history=meter.history)
 
 
-def total(meter: Meter, stage: str) -> Stage:
-    """Of a stage with its stacks."""
-    names = [name for name in meter.peaks if name.partition("/")[0] == stage]
-    found = [meter.total(stage=name) for name in names]
-    sums = (sum(getattr(one, field) for one in found) for field in ("flop", "nbytes", "launches"))
-    return Stage(max(meter.peaks[name] for name in names), *sums)
+def stages_of(meter: Meter) -> dict[str, Stage]:
+    """Of each stage with its stacks."""
+    found = {}
+    for stage in dict.fromkeys(name.partition("/")[0] for name in meter.peaks if name):
+        names = [name for name in meter.peaks if name.partition("/")[0] == stage]
+        totals = [meter.total(stage=name) for name in names]
+        sums = (sum(getattr(one, which) for one in totals) for which in ("flop", "nbytes", "launches"))
+        memory = (max(table[name] for name in names) for table in (meter.peaks, meter.reserved))
+        found[stage] = Stage(*memory, *sums)
+    return found
+
+
+def parts_of(model: nn.Module) -> dict[str, int]:
+    return {name: nbytes(child) for name, child in model.named_children()}
 
 
 def nbytes(module: nn.Module) -> int:
@@ -122,15 +161,25 @@ def nbytes(module: nn.Module) -> int:
 
 
 class StageClock:
-    """In place of the pipeline's clock: tells the meter which stage it is in."""
+    """In place of the pipeline's clock: tells the meter which stage it is in, and notes what lives as it begins."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter, self.device = meter, META
+        self.entered: dict[str, int] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        self.meter.stage = name
+        self.meter.stage, self.entered[name] = name, self.meter.current
         yield
+
+
+@contextmanager
+def in_place_of_graphs(model: nn.Module, graphs: ForeseenGraphs) -> Iterator[None]:
+    before, model.graphs = model.graphs, graphs
+    try:
+        yield
+    finally:
+        model.graphs = before
 
 
 @contextmanager
@@ -152,34 +201,3 @@ def by_stack(meter: Meter, model: nn.Module, stacks: Sequence[str]) -> Iterator[
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def once(meter: Meter, owner: nn.Module, method: str) -> Iterator[None]:
-    """Inside, calls of the method with equal shapes run once and are counted every time; it must return nothing."""
-    known: dict[Any, Counter[Call]] = {}
-    run: Callable[..., None] = getattr(owner, method)
-
-    def counted(*arguments: Any) -> None:
-        key = meter.stage, *map(outline, arguments)
-        if key in known:
-            meter.calls.update(known[key])
-            return
-        before = meter.calls.copy()
-        run(*arguments)
-        known[key] = meter.calls - before
-
-    setattr(owner, method, counted)
-    try:
-        yield
-    finally:
-        delattr(owner, method)
-
-
-def outline(x: Any) -> Any:
-    """An argument without the values of its tensors."""
-    if isinstance(x, Tensor):
-        return x.shape, x.dtype
-    if is_dataclass(x):
-        return tuple(outline(getattr(x, field.name)) for field in fields(x))
-    return tuple(map(outline, x)) if isinstance(x, tuple) else x

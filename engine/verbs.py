@@ -18,7 +18,7 @@ class Verbs(Protocol):
     needs: Mapping[str, Sequence[str]]  # stage -> the parts of the model it runs
     lookups: Mapping[str, Sequence[str]]  # stage -> tables among them of which it only looks up rows
     stacks: Sequence[str]  # parts whose layers run one after the other, once a pass
-    repeated: tuple[str, str]  # (part, method) whose cost depends on nothing but shapes, and that runs very often
+    repeated: Sequence[tuple[str, str]]  # (modules, method) whose cost depends on nothing but shapes; * is any number
 
     def build(self, config: Any, attend: Attention | None = None) -> nn.Module: ...
 

@@ -6,6 +6,7 @@ import pytest
 from unipic_run.cli import main
 from unipic_run.engine.errors import BudgetError, UsageError
 from unipic_run.engine.estimate import estimate
+from unipic_run.engine.placing import CONTEXT
 
 GIB = 2**30
 SMALL = {"res": 256, "steps": 2}
@@ -25,6 +26,20 @@ def test_the_command_tells_what_the_function_says(capsys):
     assert [line.split()[0] for line in said.out.splitlines()[:4]] == ["stage", "condition", "sample", "decode"]
     assert "all resident" in said.out and "not measured" in said.err
     assert set(expected["stages"]) == {"condition", "sample", "decode"} and expected["gpu"] == "rtx4090"
+
+
+def test_reserved_memory_and_graphs_are_told_beside_the_peak():
+    whole, tight = (estimate("unipic", "gen", **SMALL, quant="int8", vram=vram) for vram in (None, 1.6))
+    for found in (whole, tight):
+        room = found["vram_bytes"] - CONTEXT
+        assert all(stage["peak_bytes"] <= stage["reserved_bytes"] <= room for stage in found["stages"].values())
+        assert found["placement"]["peak_bytes"] <= found["placement"]["reserved_bytes"] <= room
+    graphs = whole["graphs"]["pool"] + whole["graphs"]["kept"]
+    most = max(stage["reserved_bytes"] for stage in whole["stages"].values())
+    assert whole["graphs"]["fit"] and whole["placement"]["reserved_bytes"] == most + graphs > most
+    assert 0 < tight["graphs"]["kept"] < whole["graphs"]["kept"], "streamed rounds are not captured"
+    asked = estimate("unipic", "ask", res=256)
+    assert asked["graphs"] == {"pool": 0, "kept": 0, "fit": False} and asked["steps"] is None
 
 
 def test_less_memory_moves_more_and_takes_longer():

@@ -86,24 +86,39 @@ def test_causal_attention_counts_what_the_mask_lets_through():
     assert meter.total().flop == 2 * 3 * (1 + 2 + 3 + 4 + 5) * 4 * 8
 
 
-def test_storages_count_while_they_live():
+def test_storages_count_while_they_live_in_blocks_of_512_bytes():
     weight = meta(100)
     with Meter() as meter:
         meter.hold([weight, weight[5:]])
-        assert meter.current == 200
+        assert meter.current == 512
         meter.stage = "first"
         x = meta(1000)
         view, other = x[10:].view(5, 198), x + x
-        assert meter.current == 200 + 2000 + 2000
+        assert meter.current == 512 + 2048 + 2048
         x.mul_(2)
         del x, other
-        assert meter.current == 2200, "the view keeps the storage"
+        assert meter.current == 512 + 2048, "the view keeps the storage"
         del view
-        assert meter.current == 200
+        assert meter.current == 512
         meter.stage = "second"
         meta(10).sum()
-    assert meter.peaks == {"": 200, "first": 4200, "second": 200 + 20 + 2} and meter.peak == 4200
+    assert meter.peaks == {"": 512, "first": 9 * 512, "second": 3 * 512} and meter.peak == 9 * 512
+    assert meter.reserved == dict.fromkeys(meter.peaks, 2**21) | {"": 2**21}, "all of it fits one small segment"
     assert meter.total(stage="first").calls == 2
+
+
+def test_a_span_is_counted_again_without_being_done():
+    x = meta(4096)
+    with Meter() as meter:
+        kept = x + x
+        result, span = meter.span(lambda: (x * 2 + x).sum())
+        assert span.above == 2 * 8192 and sum(span.calls.values()) == 3
+        meter.stage = "again"
+        y = x + x
+        meter.repeat(span)
+    assert meter.peaks["again"] == 8192 + 512 + 8192 + span.above, "above what lived then"
+    assert meter.total(stage="").launches == 2 * 3 + 1 and kept.shape == y.shape and result.shape == ()
+    assert sum(len(calls) for calls, _ in meter.history) == 3 + 1 + 1 + 3
 
 
 def test_our_operators_say_what_they_cost_and_count_what_they_launch():
@@ -178,12 +193,6 @@ def test_the_rates_of_the_4090_are_the_fixed_ones():
     assert card.seconds("matmul", "bf16", 158 * 10**12, 10**6, 1000) == pytest.approx(1.002)
     assert card.seconds("elementwise", "bf16", 0, 92 * 10**10, 0) == pytest.approx(1.0)
     assert (card.shared_bytes, card.sms, card.vram_bytes) == (101376, 128, 24 * 2**30)
-
-
-def test_tiles_fill_the_card_a_whole_number_of_times():
-    card = gpus.card("rtx4090")
-    assert card.waves(128 * 128, 128) == 1.0 and card.waves(128 * 64, 128) == 2.0
-    assert card.waves(128 * 129, 128) == pytest.approx(256 / 129)
 
 
 def test_every_card_is_found_by_both_names_and_reaches_the_same_shares():

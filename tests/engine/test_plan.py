@@ -6,12 +6,13 @@ import pytest
 import torch
 from unipic_run.bench.random_model import any_tokens, architecture
 from unipic_run.engine import families, gpus
+from unipic_run.engine.foreseen import ALL
 from unipic_run.engine.layers.attention import Attention
 from unipic_run.engine.loaded import Loaded
 from unipic_run.engine.meter import Meter
 from unipic_run.engine.models.unipic.config import RELEASED
 from unipic_run.engine.noise import PhiloxNoise
-from unipic_run.engine.plan import META, StageClock, by_stack, dry_run, nbytes, shapes
+from unipic_run.engine.plan import META, StageClock, by_stack, dry_run, nbytes, shapes, stages_of
 from unipic_run.engine.request import CancelToken
 from unipic_run.engine.run import Watch, run_batch
 from unipic_run.engine.task import Batch, Task
@@ -32,16 +33,24 @@ def load(tiny_release):
     return get
 
 
-def test_steps_that_are_counted_once_count_as_often_as_they_run(load, tiny_release) -> None:
+@pytest.mark.parametrize("scheme", ["none", "int8"])
+def test_what_is_done_once_counts_as_often_as_it_runs(load, tiny_release, scheme) -> None:
     config = architecture(str(tiny_release))
-    loaded = load(replace(config, head=replace(config.head, steps=25)))
+    loaded = load(replace(config, head=replace(config.head, steps=25)), scheme)
     task = Task("generate", 4, 4, steps=3, guidance=3.0, cfg_schedule="constant", temperature=1.0)
     plan, meter = dry_run(loaded, task, BATCH), Meter()
     with torch.inference_mode(), by_stack(meter, loaded.model, loaded.family.stacks), meter:
         run_batch(loaded, task, BATCH, None, StageClock(meter), Watch(lambda event: None, CancelToken(), 0))
     assert plan.calls == meter.calls
-    assert plan.stages["sample"].peak_bytes == max(b for name, b in meter.peaks.items() if name.startswith("sample"))
-    assert loaded.model.head.advance.__func__ is type(loaded.model.head).advance
+    every = stages_of(meter)
+    assert {name: stage.peak_bytes for name, stage in plan.stages.items()} == {
+        name: stage.peak_bytes for name, stage in every.items()
+    }
+    assert plan.stages["sample"].launches == every["sample"].launches
+    assert sum(sum(calls.values()) for calls, _ in plan.history) == sum(meter.calls.values())
+    assert max(peak for _, peak in plan.history) == max(stage.peak_bytes for stage in plan.stages.values())
+    for owner, method in ((loaded.model.head, "advance"), (loaded.model.llm.layers[1], "follow")):
+        assert getattr(owner, method).__func__ is getattr(type(owner), method), "as it was before"
     assert plan.parts["llm"] == nbytes(loaded.model.llm) > 0
     seconds = plan.seconds(gpus.card("rtx4090"))
     shares = plan.shares(gpus.card("rtx4090"))["sample"]
@@ -56,3 +65,17 @@ def test_a_picture_of_the_released_model_within_its_figures(load) -> None:
     assert 860e12 < sample.flop < 880e12, "875 TFLOP are the least there is to do"
     assert sum(stage.launches for stage in plan.stages.values()) <= 120_000
     assert sum(plan.seconds(gpus.card("rtx4090")).values()) <= 6.8
+
+
+def test_graphs_hold_a_pool_and_copies_that_eager_runs_do_not(load, tiny_release) -> None:
+    config = architecture(str(tiny_release))
+    loaded = load(replace(config, head=replace(config.head, steps=100)))
+    task = Task("generate", 4, 4, steps=3, guidance=3.0, cfg_schedule="constant", temperature=1.0)
+    plan = dry_run(loaded, task, BATCH)
+    head, both = plan.graphs["head"], plan.graphs[ALL]
+    assert set(plan.graphs) == {ALL, "head", "round"}
+    assert 2**21 <= head.pool <= both.pool <= head.pool + plan.graphs["round"].pool, "one pool, whose room is shared"
+    assert both.kept >= head.kept + plan.graphs["round"].kept > head.kept > 0
+    states = sum(n for n in (6, 6, 4)) * 2 * config.head.width * 2  # c of both guidance halves, whatever else there is
+    assert head.kept > states
+    assert loaded.model.graphs.counts.captures == 0, "the model has its own again"

@@ -44,8 +44,14 @@ needs = {
 }
 
 
-# Costs the same for equal shapes, so a dry run looks once: attribute of the model, method.
-repeated = ("head", "advance")
+# Costs the same for equal shapes, so a dry run looks once: modules with * for a layer's number, method.
+repeated = (
+    ("head", "advance"),
+    ("head.blocks.*", "forward"),
+    ("llm.layers.*", "follow"),
+    ("mar_encoder.blocks.*", "forward"),
+    ("mar_decoder.blocks.*", "forward"),
+)
 
 
 class UniPic(nn.Module):
