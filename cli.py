@@ -63,6 +63,7 @@ def gen(
     quant: o.Quant = None,
     attn: o.Attn = "auto",
     vram: o.Vram = None,
+    drop_idle: o.DropIdle = False,
     exact_rope: o.ExactRope = None,
     revision: o.Revision = None,
     offline: o.Offline = False,
@@ -85,7 +86,8 @@ def gen(
     _hint(terminal, asked.get("model"), prompts)
     order = Order("generate", tuple(prompts), sampling, a.given(size=shape and f"{shape[0]}x{shape[1]}"))
     saving = {"target": output, "overwrite": overwrite, "metadata": not no_metadata}
-    loading = a.loading(asked, device=device, attention=attn, vram=vram, revision=revision, offline=offline)
+    loading = a.loading(asked, device=device, attention=attn, revision=revision, offline=offline)
+    loading |= {"vram": vram, "drop_idle": drop_idle}
     make_pictures(terminal, order, saving, loading, size=shape)
 
 
@@ -113,6 +115,7 @@ def edit(
     quant: o.Quant = None,
     attn: o.Attn = "auto",
     vram: o.Vram = None,
+    drop_idle: o.DropIdle = False,
     exact_rope: o.ExactRope = None,
     revision: o.Revision = None,
     offline: o.Offline = False,
@@ -140,7 +143,8 @@ def edit(
     _hint(terminal, model, prompts)
     order = Order("inpaint" if {"mask", "outpaint"} & {*where} else "edit", tuple(prompts), sampling, a.given(fit=fit))
     saving = {"target": output, "overwrite": overwrite, "metadata": not no_metadata}
-    loading = a.loading(asked, device=device, attention=attn, vram=vram, revision=revision, offline=offline)
+    loading = a.loading(asked, device=device, attention=attn, revision=revision, offline=offline)
+    loading |= {"vram": vram, "drop_idle": drop_idle}
     make_pictures(terminal, order, saving, loading, image=picture, res=res, **where)
 
 
@@ -160,6 +164,7 @@ def ask(
     quant: o.Quant = None,
     attn: o.Attn = "auto",
     vram: o.Vram = None,
+    drop_idle: o.DropIdle = False,
     exact_rope: o.ExactRope = None,
     revision: o.Revision = None,
     offline: o.Offline = False,
@@ -174,7 +179,8 @@ def ask(
         AskRequest(text, PATCH if res is None else res, **how, seed=seed or 0)  # refuses before a model is loaded
     _hint(terminal, model, questions)
     asked = a.given(model=model, dtype=dtype, quant=quant, exact_rope=exact_rope)
-    loading = a.loading(asked, device=device, attention=attn, vram=vram, revision=revision, offline=offline)
+    loading = a.loading(asked, device=device, attention=attn, revision=revision, offline=offline)
+    loading |= {"vram": vram, "drop_idle": drop_idle}
     with open_engine(terminal, loading) as engine:
         if len(questions) == 1 and not as_json:
             terminal.stream(engine.ask(picture, questions[0], res=res, seed=seed, stream=True, **how))
@@ -203,12 +209,20 @@ def plan(
     attn: o.Attn = "sdpa",
     gpu: Annotated[str, typer.Option("--gpu", metavar="NAME", help="Whose rates and memory to take.")] = "rtx4090",
     vram: o.Vram = None,
+    plot: Annotated[
+        str | None, typer.Option("--plot", metavar="FILE", help="Also draw memory over time to a PNG.")
+    ] = None,
+    overwrite: o.Overwrite = False,
     as_json: o.Json = False,
 ) -> None:
     """Predict memory and time of a request on a card; needs neither the card nor any weights."""
-    from unipic_run.engine.estimate import estimate
+    from unipic_run.engine.estimate import ask_for, told
+    from unipic_run.engine.plot import save_plot
+    from unipic_run.engine.png_metadata import check_output
 
     terminal = _terminal(ctx, as_json)
+    if plot:
+        check_output(plot, overwrite=overwrite)
     how = {
         "dtype": dtype if dtype not in (None, "auto") else "bf16",
         "quant": quant or "none",
@@ -216,15 +230,24 @@ def plan(
         "gpu": gpu,
         "vram": vram,
     }
-    terminal.data |= estimate(model or "unipic", task, res=res, steps=steps, images=n, **how)
-    terminal.line(f"{'stage':<10} {'peak GiB':>9} {'TFLOP':>8} {'GB moved':>9} {'launches':>9} {'seconds':>8}")
+    asked = ask_for(model or "unipic", task, res=res, steps=steps, images=n, **how)
+    terminal.data |= told(asked)
+    names = ("stage", "peak GiB", "reserved", "TFLOP", "GB moved", "launches", "seconds")
+    terminal.line("{:<10} {:>9} {:>9} {:>8} {:>9} {:>9} {:>8}".format(*names))
     for name, stage in terminal.data["stages"].items():
         terminal.line(
-            f"{name:<10} {stage['peak_bytes'] / 2**30:>9.2f} {stage['flop'] / 1e12:>8.1f} "
-            f"{stage['nbytes'] / 1e9:>9.0f} {stage['launches']:>9} {stage['seconds']:>8.2f}"
+            f"{name:<10} {stage['peak_bytes'] / 2**30:>9.2f} {stage['reserved_bytes'] / 2**30:>9.2f} "
+            f"{stage['flop'] / 1e12:>8.1f} {stage['nbytes'] / 1e9:>9.0f} {stage['launches']:>9} "
+            f"{stage['seconds']:>8.2f}"
         )
     terminal.line(terminal.data["placement"]["line"])
-    terminal.say("predicted from fixed rates, not measured")
+    if graphs := terminal.data["graphs"]["pool"] + terminal.data["graphs"]["kept"]:
+        fit = "would take" if terminal.data["graphs"]["fit"] else "find no room: they want"
+        terminal.line(f"CUDA graphs {fit} {graphs / 2**30:.1f} GiB beside it")
+    if plot:
+        save_plot(asked, plot, overwrite)
+        terminal.data["plot"] = plot
+    terminal.say("predicted from fixed rates, not measured; what torch reserves is an estimate")
 
 
 @app.command()
@@ -312,10 +335,18 @@ def doctor(ctx: typer.Context, as_json: o.Json = False) -> None:
     from unipic_run.engine.facts import gather
 
     terminal = _terminal(ctx, as_json)
-    checks = examine(gather())
+    facts = gather()
+    checks = examine(facts)
     terminal.data["checks"] = [asdict(check) for check in checks]
     for check in checks:
         terminal.line(check.text())
+    if facts.torch:
+        from unipic_run.engine.fits import fits_on, told
+
+        fits = fits_on(facts.gpus)
+        terminal.data["fits"] = [asdict(one) for one in fits]
+        for line in told(fits):
+            terminal.line(line)
     if any(check.state == "fail" for check in checks):
         raise typer.Exit(1)
 

@@ -8,11 +8,11 @@ from PIL import Image
 
 from .device import dtype_name, out_of_memory
 from .errors import BudgetError, UnsupportedDeviceError, UsageError
-from .loaded import Loaded
 from .noise import Noise, PhiloxNoise
 from .picture import to_images
 from .prepare import Finish
 from .request import MAX_SEED, CancelToken, Event, Sampling
+from .room import Room
 from .run import Clock, Watch, run_batch
 from .task import Batch, Task
 
@@ -38,12 +38,8 @@ def jobs_of(prompts: Sequence[str], sampling: Sampling, noises: Sequence[Noise] 
     return [Job(prompt, seed, noise) for (prompt, seed), noise in zip(asked, noises, strict=True)]
 
 
-Room = tuple[Loaded, int]  # the model as it lies, and how many images it makes together
-
-
 def make_images(
     room: Room,
-    less: Callable[[], Room] | None,
     task: Task,
     jobs: Sequence[Job],
     preview_every: int,
@@ -53,17 +49,20 @@ def make_images(
     describe: Callable[[Job, Image.Image], dict[str, Any]],
     on_event: Callable[[Event], None] | None,
 ) -> list[Image.Image]:
-    """Images in the order of the jobs. A batch that runs out of memory is made again in what `less` finds."""
+    """Images in the order of the jobs. A batch that runs out of memory is made again, in less of it."""
     images: list[Image.Image] = []
+    seen: set[tuple[int, int]] = set()
     made = reuse = None
-    captured = 0
     while len(images) < len(jobs):
-        (loaded, at_once), first = room, len(images)
-        part = jobs[first : first + at_once]
+        loaded, first = room.loaded, len(images)
+        part = jobs[first : first + room.at_once]
 
         def tell(event: Event, part: Sequence[Job] = part, first: int = first) -> None:
             if on_event:
-                previews, images = tuple(finish(image) for image in event.previews), event.images
+                shown = {(first + index, event.round) for index in range(len(event.previews))}
+                again = shown <= seen  # those of a batch that ran out of memory behind them
+                previews, images = () if again else tuple(finish(image) for image in event.previews), event.images
+                seen.update(shown)
                 pictures = previews or images
                 settings = tuple(describe(*pair) for pair in zip(part, pictures, strict=bool(pictures)))
                 on_event(replace(event, done=first, total=len(jobs), previews=previews, settings=settings))
@@ -74,14 +73,8 @@ def make_images(
                 made = run_batch(loaded, task, batch, reuse, clock, Watch(tell, cancel, preview_every))
         except BudgetError:
             made = reuse = None  # what an earlier batch has left
-            graphs = loaded.model.graphs
-            if graphs.counts.captures > captured:  # what graphs hold is the first to go
-                captured = graphs.counts.captures
-                graphs.clear("memory ran out")
-            elif less is None:
+            if not room.shrink():
                 raise
-            else:
-                room = less()
             continue
         if not made.finite:
             what = f"the picture has values that are not numbers in {dtype_name(loaded.dtype)}"

@@ -104,31 +104,47 @@ class Guest:
 class Mover:
     """The weights of one model. A part stays on the card as long as somebody holds one of its tensors."""
 
-    def __init__(self, model: nn.Module, lanes: Lanes, on_leave: Callable[[str], None] = lambda part: None) -> None:
-        """Until the first `place` everything stays where it is. `on_leave` hears whose addresses are void."""
-        self.model, self.lanes, self.on_leave = model, lanes, on_leave
+    def __init__(
+        self,
+        model: nn.Module,
+        lanes: Lanes,
+        on_leave: Callable[[str], None] = lambda part: None,
+        reread: Callable[[str], None] | None = None,
+    ) -> None:
+        """Until the first `place` everything stays where it is. `on_leave` hears whose addresses are void.
+
+        `reread(part)` fills a part anew, in the memory of the host: with it, idle parts are not kept there.
+        """
+        self.model, self.lanes, self.on_leave, self.reread = model, lanes, on_leave, reread
         self.stage: str | None = None
         self.placement: Placement | None = None
         self.packs: dict[str, list[Pack]] = {}  # of the parts that left; the second and all later ones are layers
         self.guests: dict[str, Guest] = {}
         self.here: list[str] = []  # guests that are on the card, or are coming
+        self.dropped: set[str] = set()
         self._undo: dict[str, list[Callable[[], None]]] = {}
 
     def place(self, placement: Placement) -> None:
         """Where it fails nothing is lost, and it can be called again with another placement."""
         self.leave()
         self.placement = None
-        for staying in (False, True):  # those that leave the card go first
-            for name, part in self.model.named_children():
-                where = placement.where[name]
-                if (where == "resident") == staying:
-                    self._settle(name, part, where)
+        turns = {"idle": 0, "resident": 2}  # those that leave their memory go first
+        for name, part in sorted(self.model.named_children(), key=lambda one: turns.get(placement.where[one[0]], 1)):
+            self._settle(name, part, placement.where[name])
         self.placement = placement
 
     def _settle(self, name: str, part: nn.Module, where: Where) -> None:
         self.guests.pop(name, None)
         for undo in self._undo.pop(name, ()):
             undo()
+        if where == "idle" and self.reread:
+            part.to("meta")
+            self.packs.pop(name, None)
+            self.dropped.add(name)
+            return
+        if name in self.dropped:
+            self.reread(name)
+            self.dropped.remove(name)
         if where in ("staged", "streamed"):
             self.guests[name] = self._guest(name, part, where == "streamed")
             return
@@ -208,11 +224,21 @@ def parts_of(model: nn.Module, streamed: Container[str]) -> tuple[Part, ...]:
     """The parts as `residency` wants them; `streamed` names those whose stack may be."""
     found = []
     for name, part in model.named_children():
-        first, *layers = [sum(room_of(tensor) for *_, tensor in tensors_of(modules)) for modules in groups(part)]
+        first, *layers = [sum(map(room_in, modules)) for modules in groups(part)]
         stack = (sum(layers), max(layers)) if layers and name in streamed else (0, 0)
-        fixed = any(map(is_packed, part.modules()))  # bitsandbytes keeps more on the card than tensors of modules
+        fixed = any(map(is_packed, part.modules()))
         found.append(Part(name, first + sum(layers), *stack, fixed=fixed))
     return tuple(found)
+
+
+def room_in(module: nn.Module) -> int:
+    """Bytes of its own tensors; in a format of bitsandbytes, with the scales that it keeps beside them."""
+    tensors = {name: tensor for _, name, tensor in tensors_of([module])}
+    if not is_packed(module):
+        return sum(map(room_of, tensors.values()))
+    bits = 4 + 32 / 64 if "4bit" in type(module).__name__ else 8 + 32 / module.in_features
+    weight = round(module.in_features * module.out_features * bits / 8)
+    return weight + sum(room_of(tensor) for name, tensor in tensors.items() if name != "weight")
 
 
 def stack_of(part: nn.Module) -> str | None:

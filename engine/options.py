@@ -46,9 +46,14 @@ Batch = _option(
 Model = _in(str | None, "--model", "-m", metavar="NAME", help="Short name, folder or hub id; unipic by default.")
 Device = _in(str, "--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")
 Dtype = _in(str | None, "--dtype", metavar="NAME", help="auto, bf16, fp16 or fp32.")
-Quant = _in(str | None, "--quant", metavar="NAME", help="none, int8, bnb8 or nf4; else as the checkpoint is stored.")
+Quant = _in(
+    str | None, "--quant", metavar="NAME", help="none, int8, bnb8, nf4, or auto: what fits; else as stored on disk."
+)
 Attn = _in(str, "--attn", metavar="NAME", help="auto, sdpa, int8-qk, flash-attn or xformers.")
-Vram = _in(str | None, "--vram", metavar="GIB", help="What of the GPU's memory may be used; by default all of it.")
+Vram = _in(
+    str | None, "--vram", metavar="GIB", help="What of the GPU may be used; auto: what is free now. Else all of it."
+)
+DropIdle = _in(bool, "--drop-idle", help="With --vram: keep no part in RAM that this task does not use; saves RAM.")
 ExactRope = _in(
     bool | None, "--exact-rope", help="Keep rotary frequencies in float32; the original rounds them in bf16."
 )

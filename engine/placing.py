@@ -11,13 +11,15 @@ What a request needs is known beforehand: `forecast.py`.
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import torch
+from torch import nn
 
-from ..quant.recipe import Recipe
+from ..quant.bnb import is_packed
+from ..quant.recipe import NONE, Recipe
 from .device import out_of_memory
 from .errors import BudgetError, UsageError
 from .forecast import Forecast
@@ -30,6 +32,8 @@ from .transfer import lanes
 
 CONTEXT = GIB // 2  # bytes of a card that CUDA itself takes; assumed
 SLACK = 0.94  # share of the rest that tensors may take: the allocator cannot use every byte; heuristic, never measured
+AUTO = "auto"
+MARGIN = GIB // 2  # of what is free, what `auto` leaves to other programs, which may want more later; heuristic
 UNKNOWN = "rtx4090"  # whose rates stand for those of a card that is not listed
 
 
@@ -51,19 +55,47 @@ def needed(usable: int) -> float:
     return math.ceil((usable / SLACK + CONTEXT) / GIB * 100) / 100
 
 
-def budget_on(device: torch.device, vram: int) -> int:
-    """Of so many bytes of a card, those that weights and activations may take. Raises UsageError.
+def bound_on(device: torch.device, vram: float | str | None) -> int | None:
+    """Bytes of the card that may be used: all that is free now less a margin for `auto`, None for no bound.
 
-    torch is held to it as well: it may then reserve no more.
+    On the CPU `auto` bounds nothing. Raises UsageError; BudgetError where next to nothing is free.
     """
+    if vram is None or (vram == AUTO and device.type != "cuda"):
+        return None
+    if vram == AUTO:
+        with out_of_memory("looking at the GPU"):
+            free = torch.cuda.mem_get_info(device)[0]  # behind what CUDA itself has taken here, or takes now
+        if free <= MARGIN + CONTEXT:
+            what = f"{free / GIB:.1f} GiB of the GPU are free, too little to work in"
+            raise BudgetError(what, "end what else uses it (nvidia-smi shows that), or take --device cpu")
+        return free - MARGIN + CONTEXT
+    wanted = as_vram(vram)
     if device.type != "cuda":
         raise UsageError(f"vram bounds what a GPU is used for, and the device is {device}", "leave it out")
-    if vram <= 2 * CONTEXT:
-        raise UsageError(f"vram {vram / GIB:g} GiB is little more than CUDA itself takes", "give more than 1")
+    if wanted <= 2 * CONTEXT:
+        raise UsageError(f"vram {wanted / GIB:g} GiB is little more than CUDA itself takes", "give more than 1")
+    return min(wanted, torch.cuda.get_device_properties(device).total_memory)
+
+
+@contextmanager
+def held_to(device: torch.device, bound: int | None) -> Iterator[None]:
+    """torch may reserve no more than so many bytes beside those it has, until `release`; at once where this fails."""
+    if bound is None:
+        yield
+        return
     total = torch.cuda.get_device_properties(device).total_memory
-    vram = min(vram, total)
-    torch.cuda.set_per_process_memory_fraction((vram - CONTEXT) / total, device)
-    return usable(vram)
+    reserved = torch.cuda.memory_reserved(device)  # by other engines of the process
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (reserved + bound - CONTEXT) / total), device)
+    try:
+        yield
+    except BaseException:
+        release(device)
+        raise
+
+
+def release(device: torch.device) -> None:
+    """torch may take all of the card again."""
+    torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def card_of(device: torch.device) -> Card:
@@ -71,14 +103,36 @@ def card_of(device: torch.device) -> Card:
     return DEVICE_NAMES.get(name, CARDS[UNKNOWN])
 
 
+def planned(recipe: Recipe) -> Recipe:
+    """The recipe that stands for another in a dry run: layers of bitsandbytes do nothing there, so floating ones do."""
+    return recipe if recipe.scheme in ("none", "int8") else NONE
+
+
+def unpacked(model: nn.Module) -> int:
+    """Bytes that layers of bitsandbytes take while they compute: of the largest weight, as floats; heuristic."""
+    packed = [layer.in_features * layer.out_features for layer in model.modules() if is_packed(layer)]
+    return max(packed, default=0) * next(model.parameters()).element_size()
+
+
 class Placing:
     """The weights of one engine; `line` says how they lie."""
 
-    def __init__(self, loaded: Loaded, recipe: Recipe, budget: int, say: Callable[[str], object]) -> None:
-        """`budget`: bytes of weights and activations together. `say` hears `line` when it changes."""
-        self.loaded, self.budget, self.say, self.line = loaded, budget, say, ""
-        self.forecast = Forecast(loaded, recipe, card_of(loaded.device))
-        self.mover = Mover(loaded.model, lanes(loaded.device), on_leave=self._left)
+    def __init__(
+        self,
+        loaded: Loaded,
+        recipe: Recipe,
+        budget: int,
+        say: Callable[[str], object],
+        reread: Callable[[str], None] | None = None,
+    ) -> None:
+        """`budget`: bytes of weights and activations together. `say` hears `line` when it changes.
+
+        `reread(part)` fills a part anew; with it, idle parts are dropped.
+        """
+        self.spare = unpacked(loaded.model)
+        self.loaded, self.budget, self.say, self.line = loaded, budget - self.spare, say, ""
+        self.forecast = Forecast(loaded, planned(recipe), card_of(loaded.device))
+        self.mover = Mover(loaded.model, lanes(loaded.device), on_leave=self._left, reread=reread)
         self.parts = parts_of(loaded.model, loaded.family.stacks)
         self.work: Work | None = None
         self.placement: Placement | None = None
@@ -107,7 +161,7 @@ class Placing:
             try:
                 found = fit(work, self.budget) if failed is None else smaller(work, failed)
             except DoesNotFit as error:
-                raise no_room(error, failed) from None
+                raise no_room(error, failed, self.spare) from None
             try:
                 with out_of_memory("moving weights"):
                     self._settle(found)
@@ -142,9 +196,12 @@ class Placing:
             graphs.failed["round"] = "layers are streamed"  # and have no address that a graph could know
 
 
-def no_room(error: DoesNotFit, failed: Placement | None = None) -> BudgetError:
-    """What a user is told; `failed`: the smallest placement, where even that ran out of memory."""
-    least = needed(error.smallest.peak)
+def no_room(error: DoesNotFit, failed: Placement | None = None, spare: int = 0) -> BudgetError:
+    """What a user is told; `failed`: the smallest placement, where even that ran out of memory.
+
+    `spare`: bytes that are needed beside what a placement counts.
+    """
+    least = needed(error.smallest.peak + spare)
     if failed is not None:
         what = f"out of memory in the smallest way there is, which was predicted to take {least:.2f} GiB of the GPU"
         return BudgetError(what, "free memory of the GPU, or ask for less at once: fewer or smaller pictures")

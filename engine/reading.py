@@ -1,15 +1,19 @@
 """Answering questions about one picture, which is read once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from PIL import Image
 
-from .loaded import Loaded
+from .device import memory_peak, out_of_memory
+from .errors import BudgetError
 from .noise import PhiloxNoise
 from .precision import true_float32
 from .prepare import ask_pixels
-from .request import PATCH, AskRequest, CancelToken
+from .request import PATCH, Answer, AskRequest, CancelToken
+from .room import Room
 from .run import Clock
 from .text import decode_text
 
@@ -17,26 +21,41 @@ from .text import decode_text
 class Reader:
     """The model's view of a picture: a cache that every question continues and every answer is cut back to."""
 
-    @torch.inference_mode()
-    @true_float32()
-    def __init__(self, loaded: Loaded, image: Image.Image, requests: Sequence[AskRequest], clock: Clock) -> None:
-        self.family, self.model, self.tokens, self.clock = loaded.family, loaded.model, loaded.tokens, clock
-        side = requests[0].res // PATCH
-        room = [
-            self.family.check_question(loaded.config, self.tokens, side * side, r.question, r.max_new_tokens)
+    def __init__(self, room: Room, image: Image.Image, requests: Sequence[AskRequest], clock: Clock) -> None:
+        """Raises UsageError for questions that are too long."""
+        loaded, self.side = room.loaded, requests[0].res // PATCH
+        self.family, self.model, self.tokens = loaded.family, loaded.model, loaded.tokens
+        self.room, self.image, self.clock, self.cache = room, image, clock, None
+        self.spare = max(
+            self.family.check_question(loaded.config, self.tokens, self.side**2, r.question, r.max_new_tokens)
             for r in requests
-        ]
-        self.placed = loaded.placed
-        with clock.stage("condition"):
-            self.placed.enter("condition")
-            pixels = ask_pixels(image, requests[0].res, loaded.device, loaded.dtype)
-            self.cache = self.family.look_to_answer(self.model, self.tokens, pixels, side, side, spare=max(room))
+        )
+
+    def answer(self, request: AskRequest, cancel: CancelToken) -> Iterator[int]:
+        """Token ids as they are decided.
+
+        Where memory runs out, the picture is read again in less of it, and the answer goes on behind what was given.
+        """
+        given: list[int] = []
+        self.clock.seconds.pop("answer", None)  # an answer's time is its own, the picture's is shared
+        while True:
+            try:
+                with out_of_memory("answering"):
+                    for token in self._ids(request, cancel, tuple(given)):
+                        given.append(token)
+                        yield token
+                return
+            except BudgetError:
+                self.cache = None
+                if not self.room.shrink():
+                    raise
 
     @torch.inference_mode()
-    def answer(self, request: AskRequest, cancel: CancelToken) -> Iterator[int]:
-        """Token ids as they are decided."""
+    def _ids(self, request: AskRequest, cancel: CancelToken, given: tuple[int, ...]) -> Iterator[int]:
+        """Those behind the ones that were given, which the model reads again one by one as when it chose them."""
+        if self.cache is None:
+            self._look()
         config, start = self.model.config, self.cache.length
-        self.clock.seconds.pop("answer", None)  # an answer's time is its own, the picture's is shared
         ids = decode_text(
             lambda ids: self.family.next_logits(self.model, self.cache, ids),
             self.family.question_ids(self.tokens, request.question),
@@ -46,15 +65,48 @@ class Reader:
             temperature=request.temperature,
             top_p=request.top_p,
             noise=PhiloxNoise(request.seed),
+            given=given,
         )
+        done = 0
         try:
             while True:
                 cancel.check()
                 with self.clock.stage("answer"), true_float32():
-                    self.placed.enter("answer")
+                    self.room.loaded.placed.enter("answer")
                     token = next(ids, None)
                 if token is None:
                     return
-                yield token
+                done += 1
+                if done > len(given):
+                    yield token
         finally:
             self.cache.cut(start)
+
+    @true_float32()
+    def _look(self) -> None:
+        loaded, side = self.room.loaded, self.side
+        with self.clock.stage("condition"):
+            loaded.placed.enter("condition")
+            pixels = ask_pixels(self.image, side * PATCH, loaded.device, loaded.dtype)
+            self.cache = self.family.look_to_answer(self.model, self.tokens, pixels, side, side, spare=self.spare)
+
+
+def answer_all(
+    reader: Reader, requests: Sequence[AskRequest], cancel: CancelToken, describe: Callable[..., dict[str, Any]]
+) -> list[Answer]:
+    """`describe(task, **settings)` makes what an answer tells of its settings."""
+    clock, answers = reader.clock, []
+    for request in requests:
+        ids = tuple(reader.answer(request, cancel))
+        settings = describe("ask", **asdict(request))
+        answers.append(
+            Answer(
+                text=reader.tokens.decode(ids),
+                ids=ids,
+                settings=settings,
+                timings=dict(clock.seconds),
+                peak_bytes=memory_peak(clock.device),
+                attention=settings["attention"],
+            )
+        )
+    return answers

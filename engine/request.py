@@ -161,7 +161,8 @@ class Event:
     """A finished stage, or one finished round of stage "sample". `done` of `total` images preceded this batch.
 
     Stage "decode" brings the batch's finished `images`, which may be saved at once; `settings` belong to whichever of
-    `previews` and `images` there are.
+    `previews` and `images` there are. A batch that runs out of memory is made again, after a UnipicWarning that says
+    so: its stages and rounds come anew, perhaps for fewer images, and no preview comes twice.
     """
 
     stage: str
@@ -181,7 +182,7 @@ class Result:
     images: tuple["Image.Image", ...]
     seeds: tuple[int, ...]
     settings: tuple[dict[str, Any], ...]
-    timings: dict[str, float]  # stage -> seconds
+    timings: dict[str, float]  # stage -> seconds; of these, what went into `compile` and `capture`, if anything did
     peak_bytes: int | None  # largest device memory held; None where the device does not tell
     attention: str  # the backend really used
 

@@ -111,7 +111,7 @@ def fit(work: Work, budget: int) -> Placement:
     """
     best = _best(work, budget)
     if best is None:
-        raise DoesNotFit(budget, _best(work, _least(work)))
+        raise DoesNotFit(budget, _best(work, least(work)))
     return best
 
 
@@ -120,11 +120,16 @@ def smaller(work: Work, placement: Placement) -> Placement:
 
     Raises DoesNotFit.
     """
-    least = _least(work)
-    if least >= placement.peak:
+    smallest = least(work)
+    if smallest >= placement.peak:
         raise DoesNotFit(placement.peak - 1, placement)
-    found = _best(work, max(least, min(placement.peak - 1, int(STEP * placement.peak))))
+    found = _best(work, max(smallest, min(placement.peak - 1, int(STEP * placement.peak))))
     return replace(found, budget=placement.budget)
+
+
+def least(work: Work) -> int:
+    """The smallest peak there is, in bytes."""
+    return min(max(map(add, case.activations(), case.least()[0])) for case in _cases(work, work.parts))
 
 
 def describe(placement: Placement) -> str:
@@ -194,11 +199,6 @@ def _best(work: Work, budget: int) -> Placement | None:
     limit = SAME * min(one.seconds for one in found)
     best = min((one for one in found if one.seconds <= limit), key=lambda one: (one.effort, one.seconds))
     return _placement(work, parts, best, budget)
-
-
-def _least(work: Work) -> int:
-    """The smallest peak there is."""
-    return min(max(map(add, case.activations(), case.least()[0])) for case in _cases(work, work.parts))
 
 
 def _cases(work: Work, parts: Iterable[Part]) -> Iterator[_Case]:

@@ -21,8 +21,9 @@ def decode_text(
     temperature: float,
     top_p: float,
     noise: PhiloxNoise,
+    given: Sequence[int] = (),
 ) -> Iterator[int]:
-    """Yield up to `limit` token ids, stopping before `eos`.
+    """Yield up to `limit` token ids, stopping before `eos`; the first ones are those `given`, chosen earlier.
 
     `next_logits(ids)` appends ids to the text so far and returns the logits (vocab) float32 of what follows.
     The penalty applies to generated tokens only: the prompt reaches the model as embeddings.
@@ -31,7 +32,7 @@ def decode_text(
     used = torch.zeros_like(logits, dtype=torch.bool)
     for step in range(limit):
         scores = penalise(logits, used, penalty)
-        token = pick(scores, temperature, top_p, noise, step)
+        token = given[step] if step < len(given) else pick(scores, temperature, top_p, noise, step)
         if token == eos:
             return
         yield token

@@ -5,7 +5,7 @@ A checkpoint that holds its linear layers as they were released becomes any sche
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ CHUNK = 2**24  # elements looked at at once
 def as_scheme(name: str | None) -> str | None:
     """A scheme that can run here, or None for the checkpoint's own. Raises UsageError, UnsupportedDeviceError."""
     if name is not None and name not in SCHEMES:
-        raise UsageError(f"quant {name!r:.80} is unknown", f"choose from {', '.join(SCHEMES)}")
+        raise UsageError(f"quant {name!r:.80} is unknown", f"choose from auto, {', '.join(SCHEMES)}")
     if name in ("bnb8", "nf4"):
         try:
             bnb.package()
@@ -51,10 +51,11 @@ def assemble(
     device: Where,
     dtype: torch.dtype,
     on_progress: Progress | None = None,
+    packed: Where | None = None,
 ) -> nn.Module:
     """The model that `build` makes, with the recipe's layers, filled from `folder`. Raises what `load` does."""
     module = prepared(build, recipe)
-    load(module, folder, device, dtype, on_progress, recipe)
+    load(module, folder, device, dtype, on_progress, recipe, packed)
     return module
 
 
@@ -76,11 +77,15 @@ def load(
     dtype: torch.dtype,
     on_progress: Progress | None = None,
     recipe: Recipe = NONE,
+    packed: Where | None = None,
+    part: str = "",
 ) -> None:
     """Give every parameter and saved buffer of `module` its value from `folder`, which must carry a manifest.
 
     `module` is what `swap` made of it by `recipe`. Floating tensors are cast to `dtype`, except the scales of int8
-    weights; names and shapes must match exactly. Nothing is assigned if anything is wrong.
+    weights; names and shapes must match exactly. Nothing is assigned if anything is wrong. `packed`: where weights in a
+    format of bitsandbytes go, which cannot move afterwards; by default to `device` like all others. `part`: the only
+    one to be filled; the others stay as they are.
     Memory: the loaded tensors, and one as it is stored, with its float32 copies where it is rotated or quantised.
     Raises CorruptWeightsError, ModelMissingError, UsageError.
     """
@@ -90,22 +95,31 @@ def load(
         if shards.scheme not in ("none", recipe.scheme):
             remedy = f"leave quant out, or convert the original checkpoint again for quant {recipe.scheme}"
             raise UsageError(f"{folder} is stored in {shards.scheme}, which cannot become {recipe.scheme}", remedy)
-        filling = _Filling(module, shards, device, dtype, Change(module, recipe, done=shards.scheme != "none"))
-        shapes, done = shards.shapes, 0
+        change = Change(module, recipe, done=shards.scheme != "none")
+        filling = _Filling(module, shards, (device, device if packed is None else packed), dtype, change)
+        inside, done = f"{part}." if part else "", 0
+        shapes = {name: shape for name, shape in shards.shapes.items() if any_in(inside, change.planned(name, shape))}
         total = sum(map(math.prod, shapes.values()))
         for name, shape in shapes.items():
             filling.take(name)
             done += math.prod(shape)
             if on_progress is not None:
                 on_progress("load", done * dtype.itemsize, total * dtype.itemsize)
-    filling.assign()
+    filling.assign(inside)
+
+
+def any_in(inside: str, names: Iterable[str]) -> bool:
+    return any(name.startswith(inside) for name in names)
 
 
 class _Filling:
     """Tensors on their way from the files into a module, all of them assigned at once."""
 
-    def __init__(self, module: nn.Module, shards: Shards, device: Where, dtype: torch.dtype, change: Change) -> None:
-        self.module, self.shards, self.device, self.change = module, shards, device, change
+    def __init__(
+        self, module: nn.Module, shards: Shards, devices: tuple[Where, Where], dtype: torch.dtype, change: Change
+    ) -> None:
+        """`devices`: of all tensors but the packed ones, and of those."""
+        self.module, self.shards, self.devices, self.change = module, shards, devices, change
         wanted = module.state_dict()
         planned = {n: p for name, shape in shards.shapes.items() for n, p in change.planned(name, shape).items()}
         expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
@@ -118,7 +132,7 @@ class _Filling:
     def take(self, name: str) -> None:
         """Read one tensor and make what the module wants of it."""
         packs, stored = self.change.packs, self.stored(name)
-        place = "cpu" if name in packs else self.device
+        place = "cpu" if name in packs else self.devices[0]
         # A copy: what stays mapped would crash the process if the file shrank, and would lock the file on Windows.
         if self.change.changes(name):
             made = self.change(name, self.checked(name, stored, stored.to(device=place, copy=True)))
@@ -128,7 +142,7 @@ class _Filling:
             copy = stored.to(device=place, dtype=self.types[name], copy=True)
             self.tensors[name] = self.checked(name, stored, copy)
         if name in packs:
-            self.tensors[name] = bnb.packed(packs[name], self.tensors[name], self.device)
+            self.tensors[name] = bnb.packed(packs[name], self.tensors[name], self.devices[1])
 
     def stored(self, name: str) -> Tensor:
         tensor, wanted = self.shards.read(name), self.types[name]
@@ -145,9 +159,11 @@ class _Filling:
             raise CorruptWeightsError(f"{self.shards.where(name)} holds NaN or Inf", remedy)
         return after
 
-    def assign(self) -> None:
-        packed = {name: self.tensors.pop(name) for name in self.change.packs}
-        self.module.load_state_dict(self.tensors, assign=True, strict=not packed)
+    def assign(self, inside: str) -> None:
+        """What was taken, as far as its names begin so."""
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name.startswith(inside)}
+        packed = {name: tensors.pop(name) for name in self.change.packs if name in tensors}
+        self.module.load_state_dict(tensors, assign=True, strict=not (packed or inside))
         for name, parameter in packed.items():
             layer, _, leaf = name.rpartition(".")
             setattr(self.module.get_submodule(layer), leaf, parameter)

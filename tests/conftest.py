@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,3 +65,22 @@ def tiny_engine(tiny_release: Path, tmp_path_factory: pytest.TempPathFactory) ->
         engine = Engine.from_pretrained(tiny_release, device="cpu")
     with engine:
         yield engine
+
+
+@pytest.fixture
+def under(tiny_release: Path) -> Iterator[Callable[[int], "Engine"]]:
+    """Engines of the tiny model that may take so many bytes of their device, here the CPU."""
+    from unipic_run import Engine
+    from unipic_run.quant.recipe import NONE
+
+    engines = []
+
+    def make(budget: int) -> "Engine":
+        with Engine.from_pretrained(tiny_release, device="cpu") as plain:
+            loaded = plain.loaded
+        engines.append(Engine(loaded.family, loaded.model, loaded.tokens, "tiny", NONE, loaded.device, budget))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()

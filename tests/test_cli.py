@@ -94,6 +94,15 @@ def test_from_repeats_a_picture_and_options_on_the_line_win(run, model):
     assert read_settings("c.png") == {**read_settings("a.png"), **changed}
 
 
+def test_auto_says_what_it_chose_and_pictures_do_not_say_auto(run, model):
+    code, _, err = run(
+        "gen", "x", "-m", model, *QUICK, "--quant", "auto", "--vram", "auto", "--drop-idle", "-o", "a.png"
+    )
+    found = read_settings("a.png")
+    assert code == 0 and "auto" not in found.values() and "quant" not in found
+    assert err == "quant auto: none, on the cpu\n"
+
+
 def test_names_that_list_shows_are_names(run, tiny_release):
     assert run("gen", "x", "-m", str(tiny_release), *QUICK, "-o", "a.png")[0] == 0
     name = read_settings("a.png")["model"]

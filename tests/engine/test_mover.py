@@ -273,3 +273,28 @@ def test_a_pass_that_is_given_up_leaves_the_next_one_right() -> None:
     with pytest.raises(TypeError, match="one by one"):
         model.deep.blocks[:-1]
     assert "Block" in repr(model) and not simulation.races
+
+
+def test_idle_parts_are_dropped_and_read_again_where_that_is_asked_for() -> None:
+    torch.manual_seed(0)
+    model, asked = Model(), []
+    expected, stored = model.run(), {name: dict(part.state_dict()) for name, part in model.named_children()}
+
+    def reread(part: str) -> None:
+        asked.append(part)
+        if len(asked) == 1:
+            raise OSError("the disk is away")
+        model.get_submodule(part).load_state_dict(stored[part], assign=True)
+
+    mover, idle = Mover(model, Lanes(CPU), reread=reread), RESIDENT | {"wide": "idle", "out": "staged"}
+    mover.place(placement(idle))
+    assert away(model, "wide") and "wide" not in mover.packs and not asked
+    with pytest.raises(OSError, match="disk"):
+        mover.place(placement(MIXED))
+    for where in (MIXED, RESIDENT, idle, RESIDENT | {"wide": "streamed"}):
+        mover.place(placement(where))
+        assert away(model, "wide") == (where["wide"] != "resident")
+        if where is not idle:
+            with mover.running():
+                assert model.run(mover.enter).equal(expected)
+    assert asked == ["wide"] * 3, "once for each time it was dropped, and once in vain"

@@ -1,13 +1,17 @@
 """An engine under a budget: the same pictures and answers, whatever has to wait in the host's memory."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from unipic_run import Engine
-from unipic_run.engine.errors import BudgetError, UnipicWarning, UsageError
-from unipic_run.engine.placing import as_vram, budget_on
-from unipic_run.quant.recipe import NONE
+from unipic_run.engine import placing
+from unipic_run.engine.errors import BudgetError, UsageError
+from unipic_run.engine.placing import CONTEXT, GIB, MARGIN, as_vram, bound_on, held_to, release, usable
+from unipic_run.engine.transfer import room_of, tensors_of
 
 CPU = torch.device("cpu")
 HOW = {"res": 64, "steps": 3, "seed": 5}
@@ -16,23 +20,6 @@ HOW = {"res": 64, "steps": 3, "seed": 5}
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("UNIPIC_RUN_CACHE", str(tmp_path_factory.getbasetemp() / "placing"))
-
-
-@pytest.fixture
-def under(tiny_release):
-    """An engine of the tiny model that may take so many bytes of its device, here the CPU."""
-    engines = []
-
-    def make(budget):
-        with Engine.from_pretrained(tiny_release, device="cpu") as plain:
-            loaded = plain.loaded
-        engine = Engine(loaded.family, loaded.model, loaded.tokens, "tiny", NONE, CPU, budget)
-        engines.append(engine)
-        return engine
-
-    yield make
-    for engine in engines:
-        engine.close()
 
 
 def photo():
@@ -68,29 +55,6 @@ def test_a_smaller_budget_moves_more_and_changes_nothing(tiny_engine, under):
     assert not engine.placing.line.startswith("all resident")
 
 
-@pytest.mark.filterwarnings("ignore:64x64 is far")
-def test_out_of_memory_goes_on_in_less_and_finishes(tiny_engine, under, monkeypatch):
-    engine, seen = under(2**40), []
-    family = engine.loaded.family
-    decode = family.decode
-
-    def fails_at_first(*arguments, bands=False, **options):
-        seen.append(bands)
-        if len(seen) == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory, says the test")
-        return decode(*arguments, bands=bands, **options)
-
-    engine.generate(["a red fox", "a lamp"], batch_size=2, **HOW)  # what it needs is known now
-    monkeypatch.setattr(family, "decode", fails_at_first)
-    with pytest.warns(UnipicWarning, match="out of memory: going on with"):
-        made = engine.generate(["a red fox", "a lamp"], batch_size=2, **HOW)
-    monkeypatch.undo()
-    single = [tiny_engine.generate(prompt, **HOW).images[0] for prompt in ("a red fox", "a lamp")]
-    assert all(
-        np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1 for a, b in zip(made.images, single, strict=True)
-    )
-
-
 def test_what_cannot_fit_says_what_could(under):
     engine = under(1000)
     with pytest.raises(BudgetError, match=r"GiB of GPU memory are the least.*--vram \d"):
@@ -103,4 +67,89 @@ def test_amounts_of_memory():
         with pytest.raises(UsageError, match="no amount of memory"):
             as_vram(wrong)
     with pytest.raises(UsageError, match="bounds what a GPU"):
-        budget_on(CPU, 2**33)
+        bound_on(CPU, 8)
+    assert bound_on(CPU, "auto") is None and bound_on(CPU, None) is None
+
+
+class Card:
+    """A card of 24 GiB, of which this process has reserved 2: what `torch.cuda` says, and the limits it is given."""
+
+    device, total, free, reserved = torch.device("cuda", 0), 24 * GIB, 10 * GIB, 2 * GIB
+
+    def __init__(self, monkeypatch):
+        self.limits = []
+        said = {
+            "get_device_properties": lambda device: SimpleNamespace(total_memory=self.total),
+            "mem_get_info": lambda device: (self.free, self.total),
+            "memory_reserved": lambda device: self.reserved,
+            "set_per_process_memory_fraction": lambda share, device: self.limits.append(share * self.total / GIB),
+        }
+        for name, answer in said.items():
+            monkeypatch.setattr(torch.cuda, name, answer)
+
+
+def test_auto_takes_what_is_free_less_a_margin_and_a_number_is_a_cap(monkeypatch):
+    card = Card(monkeypatch)
+    found = bound_on(card.device, "auto")
+    assert found - CONTEXT == card.free - MARGIN and usable(found) < card.free - MARGIN
+    assert bound_on(card.device, "6") == 6 * GIB and bound_on(card.device, 100) == card.total
+    with pytest.raises(UsageError, match="little more than CUDA itself"):
+        bound_on(card.device, 1)
+    card.free = GIB
+    with pytest.raises(BudgetError, match=r"1.0 GiB of the GPU are free.*nvidia-smi"):
+        bound_on(card.device, "auto")
+
+
+def test_torch_is_held_to_the_bound_until_release_or_until_loading_fails(monkeypatch):
+    card = Card(monkeypatch)
+    with held_to(card.device, None):
+        pass
+    assert not card.limits
+    with held_to(card.device, 6 * GIB):
+        assert card.limits == [pytest.approx(2 + 6 - CONTEXT / GIB)], "beside what others of the process have"
+    assert len(card.limits) == 1
+    release(card.device)
+    assert card.limits[1:] == [pytest.approx(24)]
+    with pytest.raises(KeyboardInterrupt), held_to(card.device, 22 * GIB):
+        raise KeyboardInterrupt
+    assert card.limits[2:] == [pytest.approx(23.5), pytest.approx(24)]
+
+
+@pytest.mark.parametrize("fails", ["loading.weights.assemble", "worker.Placing"])
+def test_a_load_that_fails_leaves_torch_its_memory(tiny_release, monkeypatch, fails):
+    card, said = Card(monkeypatch), []
+    monkeypatch.setattr(placing, "bound_on", lambda device, vram: 6 * GIB)
+    with Engine.from_pretrained(tiny_release, device="cpu", vram="auto", say=said.append) as engine:
+        assert engine.placing.budget == usable(6 * GIB) and len(card.limits) == 1
+    assert any(line.startswith("vram auto: 6.00 GiB") for line in said)
+    monkeypatch.setattr(f"unipic_run.engine.{fails}", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Engine.from_pretrained(tiny_release, device="cpu", vram="auto")
+    assert card.limits[2:] == [pytest.approx(24)]
+
+
+@pytest.mark.filterwarnings("ignore::unipic_run.engine.errors.UnipicWarning")
+@pytest.mark.parametrize("quant", ["none", "int8"])
+def test_what_a_task_does_not_use_is_dropped_and_read_again(tiny_release, monkeypatch, quant):
+    monkeypatch.setattr(placing, "bound_on", lambda device, vram: 6 * GIB)
+    monkeypatch.setattr(placing, "held_to", lambda device, bound: nullcontext())
+    how, asked = {"device": "cpu", "quant": quant}, {"res": 64, "max_new_tokens": 4}
+    with Engine.from_pretrained(tiny_release, **how) as plain:
+        answer, picture = plain.ask(photo(), "what?", **asked).ids, plain.generate("a red fox", **HOW).images[0]
+        night, whole = plain.edit(photo(), "make it night", **HOW).images[0], nbytes(plain)
+    with Engine.from_pretrained(tiny_release, **how, vram=6, drop_idle=True) as engine:
+        for _ in range(2):
+            engine.placing.budget = 2**40
+            engine.ask(photo(), "what?", **asked)
+            engine.placing.budget = engine.placing.placement.peak - 1
+            assert engine.ask(photo(), "what?", **asked).ids == answer
+            idle = {name for name, where in engine.placing.placement.where.items() if where == "idle"}
+            assert idle == engine.placing.mover.dropped and idle, engine.placing.line
+            assert nbytes(engine) == whole - sum(p.nbytes for p in engine.placing.parts if p.name in idle)
+            assert same(engine.generate("a red fox", **HOW).images[0], picture)
+            assert same(engine.edit(photo(), "make it night", **HOW).images[0], night)
+
+
+def nbytes(engine):
+    """Of weights in memory, as packs count them."""
+    return sum(room_of(x) for *_, x in tensors_of(engine.loaded.model.modules()) if not x.is_meta)

@@ -25,7 +25,7 @@ def test_a_tiny_temperature_is_greedy() -> None:
     assert pick(torch.tensor([1.0, 5.0, 2.0]), 1e-39, 1.0, PhiloxNoise(1), 0) == 1
 
 
-def run(logits: list[list[float]], **options: float) -> tuple[list[int], list[list[int]]]:
+def run(logits: list[list[float]], **options: object) -> tuple[list[int], list[list[int]]]:
     asked: list[list[int]] = []
 
     def next_logits(ids: list[int]) -> torch.Tensor:
@@ -44,6 +44,14 @@ def test_stops_before_the_end_token() -> None:
 def test_limit_asks_the_model_no_more_than_needed() -> None:
     ids, asked = run([[1.0, 0, 0]] * 3, limit=2)
     assert ids == [0, 0] and len(asked) == 2
+
+
+def test_tokens_chosen_earlier_are_taken_as_they_are_and_then_it_goes_on() -> None:
+    logits = [[1.0, 0.9, 0], [1.0, 0.9, 0], [1.0, 0.95, 0]]
+    whole, _ = run(logits, limit=3, penalty=1.08)
+    assert whole == [0, 0, 1]
+    assert run(logits, limit=3, penalty=1.08, given=(1, 1)) == ([1, 1, 0], [[8, 9], [1], [1]])
+    assert run(logits, limit=3, penalty=1.08, given=(0, 0)) == (whole, [[8, 9], [0], [0]]), "they count as used"
 
 
 def test_penalty_reaches_generated_tokens() -> None:

@@ -1,16 +1,18 @@
 """The random-weight UniPic in fewer bits: each block beside float32's, the rotation alone, files against streaming."""
 
+from contextlib import nullcontext
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from unipic_run import Engine
-from unipic_run.engine import families, weights
+from unipic_run.engine import families, placing, weights
 from unipic_run.engine.checkpoint import manifest
 from unipic_run.engine.checkpoint.convert import convert
-from unipic_run.engine.errors import CorruptWeightsError, OutputError, UsageError
+from unipic_run.engine.errors import BudgetError, CorruptWeightsError, OutputError, UsageError
 from unipic_run.engine.kv_cache import Prompts
 from unipic_run.engine.layers.vit_block import ViTBlock
 from unipic_run.engine.models.unipic.head import HeadBlock
@@ -163,3 +165,23 @@ def test_pictures_and_answers_come_out_and_say_how(tiny_release, quant):
         assert result.settings[0]["quant"] == quant and result.settings[0]["dtype"] == "bf16"
         assert result.images[0].size == (64, 64)
         assert engine.ask(result.images[0], "what is this?", res=64, max_new_tokens=2).ids
+
+
+def test_nf4_keeps_to_a_budget_with_what_can_move(tiny_release, monkeypatch):
+    """Its own layers cannot: a table waits on the host, pictures are decoded in bands, and then it is too little."""
+    pytest.importorskip("bitsandbytes")
+    how = {"device": "cpu", "dtype": "bf16", "quant": "nf4"}
+    with Engine.from_pretrained(tiny_release, **how) as engine:
+        expected = engine.generate("a red fox", **QUICK).images[0]
+    monkeypatch.setattr(placing, "bound_on", lambda device, vram: 4 * placing.GIB)
+    monkeypatch.setattr(placing, "held_to", lambda device, bound: nullcontext())
+    with Engine.from_pretrained(tiny_release, **how, vram=4) as engine:
+        lines = []
+        with pytest.raises(BudgetError, match="are the least"):
+            for _ in range(20):
+                made = engine.generate("a red fox", **QUICK).images[0]
+                assert np.abs(np.asarray(made, int) - np.asarray(expected, int)).max() <= 1, lines
+                lines.append(engine.placing.line)
+                engine.placing.budget = engine.placing.placement.peak - 1
+        assert lines[0].startswith("all resident") and "embed on the host" in lines[-1], lines
+        assert not any(word in line for line in lines for word in ("streamed", "llm staged", "head staged")), lines

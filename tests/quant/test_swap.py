@@ -85,6 +85,6 @@ def test_without_bitsandbytes_there_is_a_remedy(model, monkeypatch):
             swap(model, families.recipe("unipic", scheme))
         with pytest.raises(UnsupportedDeviceError, match=r"install unipic-run\[bnb\]"):
             as_scheme(scheme)
-    with pytest.raises(UsageError, match="quant 'fp4' is unknown: choose from none, int8, bnb8, nf4"):
+    with pytest.raises(UsageError, match="quant 'fp4' is unknown: choose from auto, none, int8, bnb8, nf4"):
         as_scheme("fp4")
     assert (as_scheme("int8"), as_scheme(None)) == ("int8", None)

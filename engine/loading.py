@@ -1,0 +1,79 @@
+"""From a model's name and a few words to a filled model: what `Engine.from_pretrained` does."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from ..quant.recipe import Recipe
+from . import families, hub, placing, weights
+from .checkpoint.manifest import Progress
+from .choosing import AUTO, Blueprint, scheme_for
+from .device import as_device, as_dtype, current, out_of_memory
+from .layers.attention import resolve
+from .tokens import Tokens
+
+T = TypeVar("T")
+
+
+def load(
+    make: Callable[..., T],
+    model: str | os.PathLike[str],
+    *,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    quant: str | None,
+    attention: str,
+    vram: float | str | None,
+    drop_idle: bool,
+    exact_rope: bool,
+    revision: str | None,
+    offline: bool,
+    on_progress: Progress | None,
+    say: Callable[[str], None] | None,
+) -> T:
+    """make(family, model, tokens, name, recipe, device, budget, say, reread): the arguments of an Engine."""
+    place = as_device(device)
+    precision = as_dtype(dtype, place)
+    scheme = AUTO if quant == AUTO else weights.as_scheme(quant)
+    attend = resolve(attention, place, precision)
+    bound = placing.bound_on(place, vram)
+    if bound is not None and vram == placing.AUTO and say:
+        say(f"vram auto: {bound / placing.GIB:.2f} GiB, what is free of the GPU less {placing.MARGIN / placing.GIB:g}")
+    folder = hub.resolve(model, revision=revision, offline=offline, on_progress=on_progress, say=say)
+    row, config = families.read(folder)
+    family = families.model(row.name)
+    if exact_rope:
+        config = replace(config, round_inv_freq=False)
+    tokens = Tokens(folder / "tokenizer.json", family.IMAGE, config.image_token)
+    if scheme == AUTO:
+        plan = Blueprint(row.name, family, config, tokens, precision, attend)
+        scheme = scheme_for(plan, place, bound, weights.stored_scheme(folder), say or str)
+    elif scheme is None:
+        scheme = weights.stored_scheme(folder)
+    recipe = families.recipe(row.name, scheme)
+    build = partial(family.build, config, attend)
+    first = place if bound is None else torch.device("cpu")  # from where they go to their places
+    with placing.held_to(place, bound):
+        with out_of_memory("loading the model"), current(place):
+            module = weights.assemble(build, recipe, folder, first, precision, on_progress, packed=place)
+        budget = None if bound is None else placing.usable(bound)
+        reread = partial(reload, module, folder, precision, recipe) if drop_idle else None
+        return make(family, module.eval(), tokens, named(model, folder), recipe, place, budget, say, reread)
+
+
+def reload(module: nn.Module, folder: Path, dtype: torch.dtype, recipe: Recipe, part: str) -> None:
+    """Fill one part again, in the memory of the host."""
+    weights.load(module, folder, "cpu", dtype, recipe=recipe, part=part)
+
+
+def named(model: str | os.PathLike[str], folder: Path) -> str:
+    """What pictures say of their model: a folder is named without its path, since pictures are passed on."""
+    if model in families.short_names() or not Path(model).expanduser().is_dir():
+        return os.fspath(model)
+    return folder.name

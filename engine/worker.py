@@ -1,0 +1,176 @@
+"""A loaded model at work on checked requests, one at a time, within its budget.
+
+A lock makes threads wait for each other, and a streamed answer holds it until it ends.
+"""
+
+import gc
+import warnings
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from torch import nn
+
+from .. import __version__
+from ..quant.recipe import NONE, Recipe
+from .device import current, dtype_name, memory_peak, out_of_memory, reset_memory_peak
+from .errors import UnipicWarning, UsageError
+from .loaded import Loaded
+from .lock import CallLock
+from .making import GPU_BATCH, Job, jobs_of, make_images
+from .noise import Noise
+from .placing import Placing, release
+from .prepare import Defaults, Finish, note_doubts
+from .reading import Reader, answer_all
+from .request import PATCH, Answer, AskRequest, CancelToken, EditRequest, Event, GenerateRequest, Result
+from .room import Room
+from .run import Clock
+from .task import Task
+from .tokens import Tokens
+from .verbs import Verbs
+
+
+class Worker:
+    """What an Engine is beside its public calls; use it as a context manager."""
+
+    def __init__(
+        self,
+        family: Verbs,
+        model: nn.Module,
+        tokens: Tokens,
+        name: str,
+        recipe: Recipe = NONE,
+        device: torch.device | None = None,
+        budget: int | None = None,
+        say: Callable[[str], None] | None = None,
+        reread: Callable[[str], None] | None = None,
+    ) -> None:
+        """`model` = family.build(config), filled, with the recipe's layers; its parameters say which precision is used.
+
+        `device`: where it computes, by default where it is. `budget`: bytes that its weights and activations may take
+        there; what does not fit waits in the host's memory, and `say` hears where everything lies. `reread(part)` fills
+        a part anew: with it, parts that a kind of request does not need do not wait there.
+        """
+        place = device or next(model.parameters()).device
+        self.loaded: Loaded | None = Loaded(family, model, tokens, place)
+        self.placing = None if budget is None else Placing(self.loaded, recipe, budget, say or str, reread)
+        self.name, self.config, self.quant = name, self.loaded.config, recipe.scheme
+        self.device, self.dtype = self.loaded.device, self.loaded.dtype
+        self.attention, self.max_image_tokens = family.attention_backend(model), family.max_image_tokens(self.config)
+        self.defaults = Defaults(self.config.rounds, self.config.guidance)
+        self.lock = CallLock()
+        self._streams: weakref.WeakSet[Generator[str]] = weakref.WeakSet()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free everything, ending streamed answers that are still open. A closed engine refuses work."""
+        for stream in list(self._streams):
+            with suppress(ValueError):  # another thread is just reading it: wait for its next piece below
+                stream.close()
+        with self.lock:
+            if self.loaded is not None:
+                self.loaded.model.graphs.clear()  # which hold the model that holds them
+            bounded, self.loaded, self.placing = self.placing is not None, None, None
+            if self.device.type == "cuda":
+                gc.collect()  # a mover and the model it has hooks in hold each other
+                torch.cuda.empty_cache()
+                if bounded:
+                    release(self.device)
+
+    def _images(
+        self,
+        request: GenerateRequest | EditRequest,
+        make_task: Callable[[], tuple[Task, Finish]],
+        noise: Sequence[Noise] | None,
+        on_event: Callable[[Event], None] | None,
+        cancel: CancelToken | None,
+        how: dict[str, Any],
+    ) -> Result:
+        jobs, clock = jobs_of(request.prompts, request.sampling, noise), Clock(self.device)
+        with self._working("making images") as loaded:
+            task, finish = make_task()
+            loaded.family.check_prompts(self.config, loaded.tokens, task, request.prompts)
+            note_doubts(task, self.config.resolution)
+            sampled = ("steps", "guidance", "cfg_schedule", "temperature", "negative")
+            how = {name: getattr(task, name) for name in sampled} | how
+
+            def describe(job: Job, image: Image.Image) -> dict[str, Any]:
+                size = f"{image.width}x{image.height}"
+                return self._settings(task.kind, prompt=job.prompt, seed=job.seed, size=size, **how)
+
+            previews = request.sampling.preview_every
+            room = Room(loaded, request.sampling.batch_size or (GPU_BATCH if self.device.type == "cuda" else 1))
+            if self.placing:
+                prompts = [job.prompt for job in jobs]
+                room = Room(*self.placing.pictures(task, prompts, room.at_once, bool(previews)), self._less)
+            how_seen = (cancel or CancelToken(), finish, describe, on_event)
+            images = make_images(room, task, jobs, previews, clock, *how_seen)
+            return Result(
+                images=tuple(images),
+                seeds=tuple(job.seed for job in jobs),
+                settings=tuple(describe(job, image) for job, image in zip(jobs, images, strict=True)),
+                timings=clock.seconds,
+                peak_bytes=memory_peak(self.device),
+                attention=self.attention,
+            )
+
+    def _answers(self, picture: Image.Image, requests: Sequence[AskRequest], cancel: CancelToken) -> list[Answer]:
+        with self._working("answering") as loaded:
+            return answer_all(self._reader(loaded, picture, requests), requests, cancel, self._settings)
+
+    def _stream(self, picture: Image.Image, request: AskRequest, cancel: CancelToken) -> Generator[str]:
+        # The lock is taken when reading begins; it goes when the generator ends, is closed, or is collected.
+        with self._working("answering") as loaded:
+            text = loaded.tokens.stream()
+            for token in self._reader(loaded, picture, [request]).answer(request, cancel):
+                if piece := text.push(token):
+                    yield piece
+                    self.lock.adopt()  # whoever resumed it
+            if piece := text.rest():
+                yield piece
+
+    def _reader(self, loaded: Loaded, picture: Image.Image, requests: Sequence[AskRequest]) -> Reader:
+        room = Room(loaded)
+        if self.placing:
+            longest, limit = max((r.question for r in requests), key=len), max(r.max_new_tokens for r in requests)
+            room = Room(self.placing.answers(requests[0].res // PATCH, longest, limit), less=self._less)
+        return Reader(room, picture, requests, Clock(self.device))
+
+    def _less(self) -> tuple[Loaded, int]:
+        """The model placed in less memory than was not enough, and a word about it."""
+        found = self.placing.less()
+        warnings.warn(f"out of memory: going on with {self.placing.line}", UnipicWarning, stacklevel=4)
+        return found
+
+    @contextmanager
+    def _working(self, doing: str) -> Iterator[Loaded]:
+        """Alone on the engine, counting memory, and failing as a UnipicError when memory runs out."""
+        with self.lock, out_of_memory(doing), current(self.device):
+            if self.loaded is None:
+                raise UsageError("this engine is closed", "load it again with Engine.from_pretrained")
+            reset_memory_peak(self.device)
+            with self.placing.running() if self.placing else nullcontext():
+                yield self.loaded
+
+    def _settings(self, task: str, **what: Any) -> dict[str, Any]:
+        """What a PNG and `--json` tell about an image or an answer; fields that were not set are left out."""
+        known = {
+            "version": __version__,
+            "task": task,
+            "model": self.name,
+            **what,
+            "dtype": dtype_name(self.dtype),
+            "quant": None if self.quant == "none" else self.quant,
+            "exact_rope": None if self.config.round_inv_freq else True,
+            "device": self.device.type,
+            "attention": self.attention,
+        }
+        return {name: value for name, value in known.items() if value is not None}

@@ -1,0 +1,92 @@
+"""`quant="auto"`: which precision a card of some size gets, and what is said about it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from unipic_run import Engine
+from unipic_run.engine import choosing, families
+from unipic_run.engine.checkpoint.convert import convert
+from unipic_run.engine.choosing import Blueprint, choose, least_whole, scheme_for
+from unipic_run.engine.estimate import RoughTokens
+from unipic_run.engine.gpus import CARDS
+from unipic_run.engine.layers.attention import Attention
+from unipic_run.engine.models.unipic.config import RELEASED
+from unipic_run.engine.placing import GIB, needed
+
+CARD, CPU = CARDS["rtx4090"], torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("UNIPIC_RUN_CACHE", str(tmp_path_factory.getbasetemp() / "choosing"))
+
+
+@pytest.fixture
+def plan():
+    """The released model, asked for pictures that are soon planned: memory is nearly all weights."""
+    config = replace(RELEASED, resolution=256, rounds=2)
+    return Blueprint("unipic", families.model("unipic"), config, RoughTokens(), torch.bfloat16, Attention())
+
+
+def without_bitsandbytes(monkeypatch):
+    monkeypatch.setattr(choosing, "has_bitsandbytes", lambda: False)
+
+
+@pytest.mark.parametrize("moving", [True, False])
+def test_the_first_that_fits_is_taken(plan, monkeypatch, moving):
+    without_bitsandbytes(monkeypatch)
+    least = {scheme: needed(least_whole(plan, scheme, CARD, moving)) for scheme in ("none", "int8")}
+    assert least["int8"] < 0.65 * least["none"]
+    for scheme, gib in least.items():
+        just, short = int(gib * GIB) + 2**20, int((gib - 0.02) * GIB)
+        chosen, why = choose(plan, CARD, just, moving)
+        assert chosen == scheme and f"{gib:.2f} in {'bf16' if scheme == 'none' else scheme}" in why
+        assert choose(plan, CARD, short, moving)[0] == "int8", "whatever does not fit"
+    said = choose(plan, CARD, 2 * GIB, moving)[1]
+    assert said.startswith("256x256 takes") and "of the 2.00 GiB that may be used" in said
+    assert said.endswith("layers come when they are needed" if moving else "vram auto lets weights wait on the host")
+
+
+def test_without_a_budget_everything_has_to_be_there_at_once(plan):
+    for scheme in ("none", "int8"):
+        assert least_whole(plan, scheme, CARD, moving=False) > least_whole(plan, scheme, CARD, moving=True) + 0.4 * GIB
+
+
+def test_nf4_is_the_last_resort_where_bitsandbytes_is_there(plan, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    whole = {scheme: least_whole(plan, scheme, CARD, moving=True) for scheme in ("int8", "nf4")}
+    weights = 0.5 * 2.441 + 0.5 * 0.736 + 0.5 * 0.741  # GiB in int8 of the stacks alone
+    assert 0.5 * weights * GIB < whole["nf4"] < 0.7 * whole["int8"]
+    between = int(needed((whole["nf4"] + whole["int8"]) // 2) * GIB)
+    assert choose(plan, CARD, between, moving=True)[0] == "nf4"
+    assert choose(plan, CARD, int(1.2 * GIB), moving=True)[0] == "int8"
+    without_bitsandbytes(monkeypatch)
+    assert choose(plan, CARD, between, moving=True)[0] == "int8"
+
+
+def test_on_a_gpu_it_asks_the_card_or_the_bound(plan, monkeypatch):
+    asked = []
+    monkeypatch.setattr(choosing, "card_of", lambda device: CARD)
+    monkeypatch.setattr(
+        choosing, "choose", lambda plan, card, may, moving: asked.append((may, moving)) or ("int8", "so")
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("", (), {"total_memory": 24 * GIB}))
+    said = []
+    for bound in (None, 6 * GIB):
+        assert scheme_for(plan, torch.device("cuda", 0), bound, "none", said.append) == "int8"
+    assert asked == [(24 * GIB, False), (6 * GIB, True)] and said == ["quant auto: int8, so"] * 2
+
+
+def test_a_stored_precision_stays_and_a_cpu_takes_none(tiny_release, tmp_path):
+    said = []
+    folder = convert(tiny_release, tmp_path / "int8", quant="int8")
+    for model, expected in ((tiny_release, "none"), (folder, "int8")):
+        with Engine.from_pretrained(model, device="cpu", quant="auto", vram="auto", say=said.append) as engine:
+            assert engine.quant == expected and engine.placing is None
+            picture = engine.generate("a red fox", size=(128, 128), steps=1)
+        assert picture.settings[0].get("quant", "none") == expected
+    assert [line for line in said if "auto" in line] == [
+        "quant auto: none, on the cpu",
+        "quant auto: int8, as the checkpoint is stored",
+    ]

@@ -1,0 +1,189 @@
+"""Memory that runs out while an engine works: the request goes on in less of it, and nothing is lost or told twice."""
+
+import warnings
+import weakref
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.overrides import TorchFunctionMode
+from unipic_run.engine.errors import BudgetError, UnipicWarning
+from unipic_run.engine.graphs import Counts
+from unipic_run.engine.room import Room
+
+HOW = {"res": 64, "steps": 3, "seed": 5}
+ASKED = {"res": 64, "max_new_tokens": 6, "seed": 3}
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+pytestmark = pytest.mark.filterwarnings("ignore:64x64 is far", "ignore:32x32 is far")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("UNIPIC_RUN_CACHE", str(tmp_path_factory.getbasetemp() / "placing"))
+
+
+def failing(monkeypatch, family, name, at):
+    """The family's function runs out of memory at its calls of these numbers; returns the numbers of all calls."""
+    work, calls = getattr(family, name), []
+
+    def run(*arguments, **options):
+        calls.append(len(calls) + 1)
+        if calls[-1] in at:
+            raise torch.OutOfMemoryError("CUDA out of memory, says the test")
+        return work(*arguments, **options)
+
+    monkeypatch.setattr(family, name, run)
+    return calls
+
+
+@contextmanager
+def going_on(times):
+    """Inside, so many lines say that a request goes on in less memory."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    said = [str(one.message) for one in caught if one.category is UnipicWarning]
+    said = [line for line in said if line.startswith("out of memory: going on with")]
+    assert len(said) == times, said
+
+
+def same(made, expected):
+    """To a level: decoding in bands rounds elsewhere."""
+    return np.abs(np.asarray(made, int) - np.asarray(expected, int)).max() <= 1
+
+
+def test_pictures_go_on_in_less_and_no_preview_comes_twice(tiny_engine, under, monkeypatch):
+    engine, events, how = under(2**40), [], {"batch_size": 2, "preview_every": 2, **HOW}
+    prompts = ["a red fox", "a lamp"]
+    engine.generate(prompts, **how)  # what it needs is known now
+    failing(monkeypatch, engine.loaded.family, "decode", at=[2])  # the first one makes the previews
+    with going_on(1):
+        made = engine.generate(prompts, on_event=events.append, **how)
+    monkeypatch.undo()
+    for prompt, image in zip(prompts, made.images, strict=True):
+        assert same(image, tiny_engine.generate(prompt, **HOW).images[0])
+    rounds = [(event.round, event.done, len(event.previews)) for event in events if event.stage == "sample"]
+    assert rounds[:3] == [(1, 0, 0), (2, 0, 2), (3, 0, 0)], "the batch that fails when it is decoded"
+    assert len(rounds) > 3 and not any(previews for *_, previews in rounds[3:])
+    assert sum(len(event.images) for event in events) == 2 and len(made.settings) == 2
+
+
+@pytest.mark.parametrize(("name", "at"), [("look_to_answer", [1]), ("next_logits", [1]), ("next_logits", [3, 6])])
+def test_answers_go_on_behind_what_was_given(tiny_engine, under, monkeypatch, name, at):
+    asked = {"temperature": 1.0, **ASKED}
+    questions = ["what is this?", "and that?"]
+    expected = [answer.ids for answer in tiny_engine.ask(PHOTO, questions, **asked)]
+    engine = under(2**40)
+    engine.ask(PHOTO, questions, **asked)
+    failing(monkeypatch, engine.loaded.family, name, at)
+    with going_on(len(at)):
+        answers = engine.ask(PHOTO, questions, **asked)
+    assert [answer.ids for answer in answers] == expected and len(expected[0]) == 6
+    assert all({"condition", "answer"} == set(answer.timings) for answer in answers)
+
+
+def test_a_stream_says_nothing_twice(tiny_engine, under, monkeypatch):
+    expected, engine = "".join(tiny_engine.ask(PHOTO, "what?", stream=True, **ASKED)), under(2**40)
+    calls, pieces = failing(monkeypatch, engine.loaded.family, "next_logits", at=[2, 7]), []
+    with going_on(2):
+        for piece in engine.ask(PHOTO, "what?", stream=True, **ASKED):
+            pieces.append((len(calls), piece))
+    assert "".join(piece for _, piece in pieces) == expected
+    assert any(asked < 7 for asked, _ in pieces) and any(asked > 7 for asked, _ in pieces), "before and after"
+
+
+@pytest.mark.parametrize("name", ["condition", "look_to_answer"])
+def test_nothing_of_what_failed_is_held_when_weights_move(under, monkeypatch, name):
+    engine, made, alive = under(2**40), [], []
+    family, less = engine.loaded.family, engine.placing.less
+    work = getattr(family, name)
+
+    def remembered(*arguments, **options):
+        found = work(*arguments, **options)
+        made.append(weakref.ref(found))
+        return found
+
+    def watched():
+        alive.extend(one() is not None for one in made)
+        return less()
+
+    monkeypatch.setattr(engine.placing, "less", watched)
+    monkeypatch.setattr(family, name, remembered)
+    failing(monkeypatch, family, "decode" if name == "condition" else "next_logits", at=[1])
+    with going_on(1):
+        engine.generate("a red fox", **HOW) if name == "condition" else engine.ask(PHOTO, "what?", **ASKED)
+    assert alive == [False] and len(made) == 2
+
+
+def test_graphs_are_the_first_to_go():
+    counts, said = Counts(captures=3), []
+    graphs = SimpleNamespace(counts=counts, clear=said.append)
+    loaded = SimpleNamespace(model=SimpleNamespace(graphs=graphs))
+    room = Room(loaded, 4, less=lambda: (loaded, 1))
+    with going_on(1):
+        assert room.shrink() and room.at_once == 4 and said == ["memory ran out"]
+    assert room.shrink() and room.at_once == 1 and len(said) == 1
+    assert not Room(SimpleNamespace(model=SimpleNamespace(graphs=SimpleNamespace(counts=Counts())))).shrink()
+
+
+def test_without_a_budget_it_ends_in_an_error_and_the_engine_stays_usable(tiny_engine, monkeypatch):
+    failing(monkeypatch, tiny_engine.loaded.family, "next_logits", at=[1])
+    with pytest.raises(BudgetError, match="out of memory while answering"):
+        tiny_engine.ask(PHOTO, "what?", **ASKED)
+    assert tiny_engine.ask(PHOTO, "what?", **ASKED).ids
+
+
+def test_where_no_smaller_way_is_left_it_says_what_was_tried(under, monkeypatch):
+    engine = under(2**40)
+    failing(monkeypatch, engine.loaded.family, "next_logits", at=range(1000))
+    with pytest.warns(UnipicWarning, match="going on with"), pytest.raises(BudgetError, match="in the smallest way"):
+        engine.ask(PHOTO, "what?", **ASKED)
+
+
+class FailsAt(TorchFunctionMode):
+    """Operation number `at` finds no memory."""
+
+    def __init__(self, at=None):
+        super().__init__()
+        self.at, self.count = at, 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function.__name__ not in ("__get__", "__set__")  # attributes
+        if self.count == self.at:
+            raise torch.OutOfMemoryError("injected")
+        return function(*args, **(kwargs or {}))
+
+
+SMALL = {
+    "pictures": lambda engine: np.asarray(engine.generate("a red fox", res=32, steps=1, seed=5).images[0], int),
+    "answers": lambda engine: engine.ask(PHOTO, "what?", res=32, max_new_tokens=3).ids,
+}
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+@pytest.mark.parametrize("task", SMALL)
+def test_a_failure_at_any_operation_changes_nothing(under, task):
+    """200 points in all: 100 over each request, every second one where parts have to come and go."""
+    engine, run, refused = under(2**40), SMALL[task], []
+    expected = run(engine)
+    tight = int(0.6 * engine.placing.placement.peak)
+    for turn, budget in enumerate((2**40, tight)):
+        engine.placing.budget = budget
+        run(engine)
+        with FailsAt() as whole:
+            run(engine)
+        for point in range(50):
+            engine.placing.budget, at = budget, 1 + (2 * point + turn) * whole.count // 100
+            try:
+                with FailsAt(at) as fault:
+                    found = run(engine)
+            except BudgetError:
+                refused.append(at / whole.count)
+                continue
+            assert fault.count > whole.count, "it was done again"
+            assert np.abs(np.subtract(found, expected)).max() <= 1, at
+    assert np.abs(np.subtract(run(engine), expected)).max() <= 1
+    assert all(share > 0.97 for share in refused), "only a picture that is on its way down cannot be made again"
