@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under 9 minutes: tests marked gpu, every operator, parity, full-size latency in bf16, int8
-# and without our kernels, and peak memory.
+# Everything that needs a GPU, in under 9 minutes: parity, tests marked gpu, full-size latency in bf16, int8 and without our
+# kernels, every operator, time by class of operation beside its roof, and peak memory.
 #   OUT=/tmp/results bash bench/gpu_check.sh        PYTHON=/path/to/python OUT=... bash bench/gpu_check.sh
-# Installs nothing: the checkout is imported as it lies there. Every part has its own time limit and a failing one does
-# not stop the others. Writes a log a part and one <card>-<date>.json into OUT (default bench/results).
-# PARTS="ops int8" runs these alone, each with three times the time: kernels that were never compiled on the machine may
-# need it. DRY_RUN=1 runs every part on the CPU with the tiny model, which checks this script and nothing else.
+# Installs nothing: the checkout is imported as it lies there. Kernels that were never compiled on the machine are compiled
+# first, on all cores. The most important parts come next; each has its own time limit, gets no more than what is left of
+# the whole (SECONDS_IN_ALL, default 505), tells what it knows when its time is up, and does not stop the others by
+# failing. Writes a log a part and one <card>-<date>.json into OUT (default bench/results).
+# PARTS="ops int8" runs these alone, each with three times the time. DRY_RUN=1 runs every part on the CPU with the tiny
+# model, which checks this script and nothing else.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -23,23 +25,36 @@ cd "$root"
 
 device=cuda
 model=(--model unipic --res 1024 --iters 32 --dtype bf16)
+memory=(--scenarios gen-int8-tight gen-bf16 --repeats 1)
 if [[ -n ${DRY_RUN:-} ]]; then
   device=cpu
   export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
   model=(--model tests/data/unipic-tiny --res 64 --iters 2 --dtype fp32)
+  memory=(--scenarios gen-int8-tight --repeats 1 --device cpu "${model[@]}")
 fi
 latency=("$PYTHON" bench/latency.py --random-weights --device "$device" "${model[@]}")
+classes=("$PYTHON" bench/classes.py --random-weights --device "$device" "${model[@]}")
+parity=("$PYTHON" bench/parity.py tests/data/goldens/unipic1 --checkpoint tests/data/unipic-tiny --device "$device")
 
+seconds=${SECONDS_IN_ALL:-505}
 failed=0
-# part NAME SECONDS COMMAND...: runs a command under a time limit, its output in OUT/NAME.log
+# part NAME SECONDS COMMAND...: runs a command under a time limit, its output in OUT/NAME.log. SIGNAL ends it when time is
+# up (default TERM), and ten seconds later KILL.
 part() {
   local name=$1 limit=$2 start=$SECONDS status=0
+  local left=$((seconds - start))
   shift 2
   if [[ -n ${PARTS:-} ]]; then
     [[ " $PARTS " == *" $name "* ]] || return 0
     limit=$((3 * limit))
   fi
-  timeout -k 10 "$limit" "$@" >"$OUT/$name.log" 2>&1 || status=$?
+  ((limit < left)) || limit=$left
+  if ((limit > 0)); then
+    timeout -s "${SIGNAL:-TERM}" -k 10 "$limit" "$@" >"$OUT/$name.log" 2>&1 || status=$?
+  else
+    echo "no time was left for it" >"$OUT/$name.log"
+    status=124
+  fi
   printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - start))" >>"$work/parts.tsv"
   echo "$name: exit $status after $((SECONDS - start)) s"
   ((status == 0)) || failed=1
@@ -47,12 +62,18 @@ part() {
 
 part environment 20 "$PYTHON" -c 'import sys; from unipic_run.cli import main; sys.exit(main())' doctor --json
 if command -v nvidia-smi >/dev/null; then part nvidia-smi 10 nvidia-smi -q; fi
-part gpu-tests 70 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests
-part ops 90 "$PYTHON" bench/ops.py
-part parity 40 "$PYTHON" bench/parity.py tests/data/goldens/unipic1 --checkpoint tests/data/unipic-tiny --device "$device"
-part latency 75 "${latency[@]}" --vram-cap 15
-part bf16 55 "${latency[@]}" --tasks gen --repeat 2 --plan
+part compile 100 "$PYTHON" bench/compile_ahead.py
+part parity 60 "${parity[@]}"
+SIGNAL=INT part gpu-tests 90 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests # pytest tells its results on Ctrl-C
+part bf16 75 "${latency[@]}" --tasks gen --repeat 2 --plan
 part int8 85 "${latency[@]}" --tasks gen --repeat 2 --plan --quant int8 --attn int8-qk
+part targets 15 "$PYTHON" bench/targets.py "$OUT/bf16.log" "$OUT/int8.log"
+part ops 90 "$PYTHON" bench/ops.py
+part parity-int8 40 "${parity[@]}" --quant int8 --attn int8-qk
+part latency 75 "${latency[@]}" --vram-cap 15
+part vram 100 "$PYTHON" bench/vram.py "${memory[@]}"
+part classes 75 "${classes[@]}"
+part classes-int8 75 "${classes[@]}" --quant int8 --attn int8-qk
 part torch-only 45 env UNIPIC_RUN_TRITON=0 "${latency[@]}" --tasks gen --repeat 2
 part batch-of-4 40 "${latency[@]}" --tasks gen --batch 4
 

@@ -1,22 +1,27 @@
-"""Milliseconds per stage and round, and peak memory, of the three tasks.
+"""Milliseconds per stage and round, and peak memory of loading and of each stage, of the three tasks.
 
     python bench/latency.py --model unipic --random-weights --res 256 --iters 2
-    python bench/latency.py --model DIR --res 1024 --tasks gen,ask --repeat 3
+    python bench/latency.py --model DIR --res 1024 --tasks gen,ask --repeat 3 [--vram 6 [--ballast]]
 
 --random-weights builds the released architecture (or that of a checkpoint folder) without any weights file. One line
-a task, one JSON line last. Medians over --repeat runs, after two to warm up when there is more than one. With --plan
-the JSON also has what the dry run says of FLOP, bytes and launches and, on a GPU, the share that each stage reached of
-the rate of a large matrix product in the same run.
+a task, one JSON line last, also when SIGTERM ends it early: then with what there is. Medians over --repeat runs, after
+two to warm up when there is more than one; peaks are of all runs. What the first run took longer, and what each
+compiled and captured, is told apart: the second run of a shape compiles nothing and the third captures nothing, else
+the exit status is 1. With --plan the JSON also has what the dry run says of FLOP, bytes and launches and, on a GPU, the
+share that each stage reached of the rate of a large matrix product in the same run.
 """
 
 import argparse
 import json
 import platform
+import signal
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,13 +30,17 @@ import numpy as np
 import torch
 from PIL import Image
 from unipic_run import __version__
+from unipic_run.bench.ballast import drop_ballast
+from unipic_run.bench.calls import Stages, summed_up, watched
 from unipic_run.bench.checkout import require_this_checkout
-from unipic_run.bench.ops import product_rate
+from unipic_run.bench.ops import Stopped, product_rate, stop
 from unipic_run.bench.planned import plan_of, report
 from unipic_run.bench.random_model import random_engine
-from unipic_run.engine.device import as_device, dtype_name, memory_peak, reset_memory_peak
+from unipic_run.bench.stage_memory import StageMemory
+from unipic_run.engine.device import as_device, dtype_name, memory_peak
 from unipic_run.engine.engine import Engine
-from unipic_run.engine.errors import UnipicWarning
+from unipic_run.engine.errors import UnipicError, UnipicWarning
+from unipic_run.engine.placing import as_vram
 from unipic_run.engine.request import Event
 
 TOKENIZER = Path("tests/data/unipic-tiny/Qwen2.5-1.5B-Instruct/tokenizer.json")
@@ -39,31 +48,68 @@ TASKS = ("gen", "edit", "ask")
 KINDS = {"gen": "generate", "edit": "edit"}  # of those that make pictures
 PROMPT = "a red fox in deep snow at night"
 QUESTION = "What is in the picture?"
-Stages = dict[str, float]  # milliseconds
 
 
 def main(arguments: list[str] | None = None) -> int:
     root = require_this_checkout(__file__)
     options = parse(arguments)
-    device = as_device(options.device)
+    signal.signal(signal.SIGTERM, stop)
+    summary: dict[str, Any] = {"bench": "latency", "tasks": {}, "left": list(options.tasks)}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            with suppress(Stopped):  # when time is up, what was measured so far still counts
+                measure_all(root, options, summary)
+        except UnipicError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+    summary["warnings"] = list(dict.fromkeys(str(warning.message) for warning in told))
+    for text in dict.fromkeys(str(w.message) for w in told if not issubclass(w.category, UnipicWarning)):
+        complain(text)
+    summary["peak_rss_bytes"] = memory_peak(torch.device("cpu"))
+    unsettled = [f"{task}: {text}" for task, found in summary["tasks"].items() for text in found["unsettled"]]
+    for text in unsettled:
+        complain(text)
+    print(json.dumps(summary | {"passed": not (unsettled or summary["left"])}))
+    return 1 if unsettled or summary["left"] else 0
+
+
+def measure_all(root: Path, options: argparse.Namespace, summary: dict[str, Any]) -> None:
+    """Every task, each into the summary as soon as it has a run."""
+    device, memory = as_device(options.device), StageMemory(as_device(options.device))
     if options.vram_cap and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.vram_cap * 2**30 / total), device)
-    with load(options, root) as engine, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnipicWarning)
-        summary = describe(options, engine)
+    summary["ballast_bytes"] = drop_ballast(device, as_vram(options.vram)) if options.ballast else 0
+    start = time.perf_counter()
+    with load(options, root) as engine:
+        memory.note("load")
+        summary |= describe(options, engine)
+        summary["load"] = {"seconds": time.perf_counter() - start, "memory": memory.stages.get("load")}
         for task in options.tasks:
-            found = measure(engine, lambda task=task: run(engine, task, options), options.repeat)
-            if options.plan and task in KINDS:
-                found["plan"] = planned(engine, task, options, found["milliseconds"])
-            summary["tasks"][task] = found
+            measure(engine, task, options, memory, summary)
+            summary["left"].remove(task)
             if not options.json:
                 print(line(task, summary["tasks"][task]), flush=True)
-        graphs = engine.loaded.model.graphs
+
+
+def measure(
+    engine: Engine, task: str, options: argparse.Namespace, memory: StageMemory, summary: dict[str, Any]
+) -> None:
+    """One task; what its finished runs have told is in the summary also when an exception ends them."""
+    graphs, calls = engine.loaded.model.graphs, []
+    memory.stages.clear()
+    try:
+        with memory.listening():
+            for _ in range(options.warm_up + options.repeat):
+                calls.append(watched(partial(run, engine, task, options), graphs.counts))
+    finally:
+        if calls:
+            found = summed_up(calls, options.warm_up) | beside(engine, memory, summary["ballast_bytes"])
+            summary["tasks"][task] = found
         summary["graphs"] = vars(graphs.counts) | {"failed": graphs.failed}
-    summary["peak_rss_bytes"] = memory_peak(torch.device("cpu"))
-    print(json.dumps(summary))
-    return 0
+    if options.plan and task in KINDS:
+        found["plan"] = planned(engine, task, options, found["milliseconds"])
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -76,14 +122,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=16, help="length of the answer (default 16)")
     parser.add_argument("--tasks", type=task_list, default=TASKS, help="of gen,edit,ask (default all)")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each task (default 1)")
+    parser.add_argument("--warm-up", type=int, help="runs before these (default 2 if there are several, else 0)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
     parser.add_argument("--attn", default="auto", help="attention backend")
     parser.add_argument("--quant", default="none", choices=["none", "int8"])
     parser.add_argument("--plan", action="store_true", help="also what the dry run says of pictures")
     parser.add_argument("--vram-cap", type=float, metavar="GIB", help="fail instead of reserving more on the GPU")
+    parser.add_argument("--vram", metavar="GIB", help="the engine's own budget")
+    parser.add_argument("--ballast", action="store_true", help="take what the card has above --vram")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.vram and options.random_weights:
+        parser.error("--vram places weights that were loaded: give a folder (bench/vram.py makes one)")
+    if options.ballast and not options.vram:
+        parser.error("--ballast needs --vram")
+    if options.warm_up is None:
+        options.warm_up = 2 if options.repeat > 1 else 0  # the first compiles, the second captures what comes again
+    return options
 
 
 def task_list(text: str) -> tuple[str, ...]:
@@ -98,6 +154,7 @@ def load(options: argparse.Namespace, root: Path) -> Engine:
         how = (options.device, options.dtype, options.attn, options.quant)
         return random_engine(options.model, root / TOKENIZER, *how)
     how = {"device": options.device, "dtype": options.dtype, "attention": options.attn, "quant": options.quant}
+    how |= {"vram": options.vram}
     return Engine.from_pretrained(options.model, **how, say=complain)
 
 
@@ -109,7 +166,6 @@ def describe(options: argparse.Namespace, engine: Engine) -> dict[str, Any]:
     """The settings and versions without which a number means nothing."""
     cuda = engine.device.type == "cuda"
     return {
-        "bench": "latency",
         "model": engine.name,
         "parameters": sum(p.numel() for p in engine.loaded.model.parameters()),
         "res": options.res,
@@ -124,29 +180,23 @@ def describe(options: argparse.Namespace, engine: Engine) -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name(engine.device) if cuda else platform.machine(),
         "threads": torch.get_num_threads(),
         "vram_cap_gib": options.vram_cap,
+        "vram": options.vram,
         "versions": {
             "unipic_run": __version__,
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "python": platform.python_version(),
         },
-        "tasks": {},
     }
 
 
-def measure(engine: Engine, once: Callable[[], tuple[Stages, list[float]]], repeat: int) -> dict[str, Any]:
-    """Medians of `repeat` runs, and the memory that the largest of them took."""
-    for _ in range(2 if repeat > 1 else 0):  # the first compiles, the second captures what comes again
-        once()
-    reset_memory_peak(engine.device)
-    runs = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        stages, rounds = once()
-        runs.append(stages | {"total": 1000 * (time.perf_counter() - start), "rounds": rounds})
-    stages = {name: statistics.median(run[name] for run in runs) for name in runs[0] if name != "rounds"}
-    rounds = [statistics.median(times) for times in zip(*(run["rounds"] for run in runs), strict=True)]
-    return {"milliseconds": stages, "round_milliseconds": rounds, "memory": memory(engine.device)}
+def beside(engine: Engine, memory: StageMemory, ballast: int) -> dict[str, Any]:
+    """Of the runs of a task: the memory that the largest of them took, and where the weights lay."""
+    found: dict[str, Any] = {"memory": peaks(engine.device, memory, ballast), "stage_memory": dict(memory.stages)}
+    if engine.placing and (placement := engine.placing.placement):
+        foreseen = {"line": engine.placing.line, "seconds": placement.seconds}
+        found["placement"] = foreseen | {"peak_bytes": placement.peak, "peaks": dict(placement.peaks)}
+    return found
 
 
 def planned(engine: Engine, task: str, options: argparse.Namespace, milliseconds: Stages) -> dict[str, Any]:
@@ -159,16 +209,13 @@ def planned(engine: Engine, task: str, options: argparse.Namespace, milliseconds
     return report(plan, options.iters, milliseconds, name, rate)
 
 
-def memory(device: torch.device) -> dict[str, int | None]:
-    """Peaks in bytes; on the CPU that of the process since it began."""
+def peaks(device: torch.device, memory: StageMemory, ballast: int) -> dict[str, int | None]:
+    """In bytes, without loading; on the CPU that of the process since it began."""
     if device.type != "cuda":
         return {"rss_bytes": memory_peak(device)}
     free, total = torch.cuda.mem_get_info(device)
-    return {
-        "allocated_bytes": torch.cuda.max_memory_allocated(device),
-        "reserved_bytes": torch.cuda.max_memory_reserved(device),
-        "card_used_bytes": total - free,  # with the CUDA context, and whatever else runs on the card
-    }
+    # What is used now, with the CUDA context, and whatever else runs on the card.
+    return memory.peak() | {"card_used_bytes": total - free - ballast}
 
 
 def run(engine: Engine, task: str, options: argparse.Namespace) -> tuple[Stages, list[float]]:
@@ -210,7 +257,8 @@ def line(task: str, report: dict[str, Any]) -> str:
     )
     rounds = report["round_milliseconds"]
     per_round = f"; a round {statistics.median(rounds):.0f}" if rounds else ""
-    return f"{task:<5} ms: {stages}{per_round}; GiB: {peaks}"
+    first = f"; the first run {report['first_extra_milliseconds']:.0f} more" if len(report["calls"]) > 1 else ""
+    return f"{task:<5} ms: {stages}{per_round}{first}; GiB: {peaks}"
 
 
 if __name__ == "__main__":

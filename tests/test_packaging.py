@@ -64,7 +64,7 @@ def test_constraints_pin_every_dependency_we_test():
     ]
     versions = {pin.name.lower(): str(next(iter(pin.specifier)).version) for pin in pins}
     extras = PROJECT["project"]["optional-dependencies"]
-    for text in PROJECT["project"]["dependencies"] + extras["test"] + extras["bnb"]:
+    for text in PROJECT["project"]["dependencies"] + extras["test"] + extras["bnb"] + extras["bench"]:
         wanted = Requirement(text)
         assert wanted.specifier.contains(versions[wanted.name.lower()]), f"{text} is not met by constraints.txt"
 

@@ -2,14 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from unipic_run.bench import latency
+from unipic_run.bench import calls, latency
 from unipic_run.engine import families
+from unipic_run.engine.graphs import Counts
 from unipic_run.engine.models.unipic.config import RELEASED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +28,8 @@ def test_measures_every_task(tiny_release, tmp_path, monkeypatch, capsys, weight
     for name, task in summary["tasks"].items():
         assert task["memory"]["rss_bytes"] > 0 and task["milliseconds"]["total"] > 0
         assert len(task["round_milliseconds"]) == (0 if name == "ask" else 2)
-    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["versions"]["torch"] == torch.__version__ and summary["passed"] and summary["left"] == []
+    assert summary["load"]["seconds"] > 0 and summary["graphs"]["captures"] == 0
 
 
 def test_tells_what_the_dry_run_foresees_in_int8_too(tiny_release, capsys):
@@ -45,6 +48,85 @@ def test_random_answers_have_the_asked_length(tiny_release, capsys):
     arguments = ["--model", str(tiny_release), *QUICK, "--random-weights", "--tasks", "ask", "--json"]
     assert latency.main([*arguments, "--repeat", "2"]) == 0
     assert "answer" in json.loads(capsys.readouterr().out)["tasks"]["ask"]["milliseconds"]
+
+
+def call(total=100.0, compile_seconds=0.0, captures=0):
+    return calls.Call({"sample": total - 5, "total": total}, [total / 2] * 2, compile_seconds, 0.1, captures, 7)
+
+
+def test_the_first_run_is_told_apart_from_the_second_and_the_others():
+    found = calls.summed_up([call(900, 1.5, 9), call(150, captures=32), call(90), call(110)], warm_up=2)
+    assert found["milliseconds"] == {"sample": 95, "total": 100} and found["round_milliseconds"] == [50, 50]
+    assert found["first_extra_milliseconds"] == 800 and found["second_extra_milliseconds"] == 50
+    assert [one["captures"] for one in found["calls"]] == [9, 32, 0, 0] and found["unsettled"] == []
+
+
+@pytest.mark.parametrize(
+    ("runs", "broken"),
+    [
+        ([call(compile_seconds=2.0, captures=3)], 0),
+        ([call(), call(compile_seconds=0.1)], 1),
+        ([call(), call(captures=2), call(captures=2)], 1),
+        ([call(), call(compile_seconds=0.1), call(compile_seconds=0.1, captures=1)], 3),
+    ],
+)
+def test_compiling_and_capturing_has_an_end(runs, broken):
+    assert len(calls.unsettled(runs)) == broken
+
+
+def test_a_run_tells_what_it_compiled_and_captured():
+    counts = Counts(captures=5, replays=1, seconds=2.0)
+
+    def once():
+        counts.captures, counts.replays, counts.seconds = 8, 4, 2.5
+        return {"sample": 40.0, "compile": 30.0, "capture": 500.0}, [20.0, 20.0]
+
+    found = calls.watched(once, counts)
+    assert (found.captures, found.replays, found.capture_seconds, found.compile_seconds) == (3, 3, 0.5, 0.03)
+    assert set(found.milliseconds) == {"sample", "total"}
+
+
+def test_capturing_without_end_fails_the_bench(tiny_release, monkeypatch, capsys):
+    run = latency.run
+
+    def capturing(engine, *arguments):
+        engine.loaded.model.graphs.counts.captures += 1
+        return run(engine, *arguments)
+
+    monkeypatch.setattr(latency, "run", capturing)
+    arguments = ["--model", str(tiny_release), *QUICK, "--random-weights", "--tasks", "gen", "--json"]
+    assert latency.main([*arguments, "--warm-up", "1"]) == 0
+    assert latency.main([*arguments, "--warm-up", "2"]) == 1
+    said = capsys.readouterr()
+    assert said.err == "gen: run 3 captured 1 graphs\n" and not json.loads(said.out.splitlines()[-1])["passed"]
+
+
+def test_what_was_measured_counts_when_time_is_up(tiny_release, monkeypatch, capsys):
+    run, runs = latency.run, []
+
+    def interrupted(*arguments):
+        runs.append(arguments)
+        if len(runs) == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return run(*arguments)
+
+    monkeypatch.setattr(latency, "run", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    arguments = ["--model", str(tiny_release), *QUICK, "--random-weights", "--repeat", "2", "--warm-up", "0", "--json"]
+    try:
+        assert latency.main(arguments) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    summary = json.loads(capsys.readouterr().out)
+    assert [len(task["calls"]) for task in summary["tasks"].values()] == [2, 1]
+    assert summary["left"] == ["edit", "ask"] and not summary["passed"]
+
+
+def test_a_budget_is_for_weights_that_were_loaded(tiny_release, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        latency.main(["--random-weights", "--vram", "4"])
+    assert latency.main(["--model", str(tiny_release), *QUICK, "--vram", "4", "--ballast"]) == 2
+    assert "ballast is for a GPU" in capsys.readouterr().err
 
 
 def test_the_released_architecture_has_the_published_size():
