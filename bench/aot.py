@@ -4,10 +4,11 @@
     python bench/aot.py --file my_kernel.py
 
 Needs no GPU: operators, and pictures of UniPic 1.0 at 1024x1024 in bf16 and in int8, run on the meta device, which
-notes what would be launched. Each distinct launch is compiled with the attributes that a user's launch would give it.
-Fails on spilled registers, on more shared memory than a block may have on the card, on int8 operands that no int8
-tensor-core instruction multiplies, and on whatever does not compile. A table, then one JSON line; exit status 1 when
-something fails, 2 where nothing can be compiled.
+notes what would be launched. Each distinct launch is compiled with the attributes that a user's launch would give it;
+what a tuned table of another card lists, for that card. Fails on spilled registers, on more shared memory than a block
+may have on the card, on int8 operands that no int8 tensor-core instruction multiplies, on whatever does not compile,
+and on a kernel or an entry of a table that no case leads to. A table, then one JSON line; exit status 1 when something
+fails, 2 where nothing can be compiled.
 """
 
 import argparse
@@ -24,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from unipic_run.bench.aot_compile import HOME, Configuration, build, load, specialised
+from unipic_run.bench.aot_coverage import elsewhere, left_out, table_problems
 from unipic_run.bench.checkout import require_this_checkout
+from unipic_run.bench.drawn import drawn
 from unipic_run.engine import families
 from unipic_run.engine.estimate import RoughTokens
 from unipic_run.engine.gpus import SHARED_PER_BLOCK
@@ -38,25 +40,11 @@ from unipic_run.engine.plan import META, shapes
 from unipic_run.engine.request import CancelToken
 from unipic_run.engine.run import Clock, Watch, run_batch
 from unipic_run.engine.task import Batch, Task
+from unipic_run.kernels import _tuned
 from unipic_run.kernels._op import HAS_TRITON, recording
 from unipic_run.kernels._registry import Check, checks, kernel_modules
 
 PICTURES = (("none", "sdpa"), ("int8", "int8-qk"))  # quant, attention
-FACTORIES = {
-    getattr(torch, name)
-    for name in ("arange", "empty", "full", "ones", "rand", "randint", "randn", "randperm", "zeros", "linspace")
-}
-
-
-class Shapes(TorchFunctionMode):
-    """Makes tensors without their data, since hundreds of millions of random numbers would be thrown away."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if function in FACTORIES:
-            kwargs.pop("generator", None)
-            kwargs["device"] = "meta"
-        return function(*args, **kwargs)
 
 
 @dataclass
@@ -74,14 +62,19 @@ def main(arguments: list[str] | None = None) -> int:
     if problem := unusable():
         print(f"{problem}\n{json.dumps({'bench': 'aot', 'skipped': problem})}")
         return 2
-    started = time.perf_counter()
-    jobs = collect(options.only, options.file)
+    started, whole = time.perf_counter(), not (options.only or options.file)
+    with _tuned.asking() as questions:
+        jobs = collect(options.only, options.file)
+    own = list(elsewhere(jobs, key_of, lambda: collect(None, None))) if whole else []
     print(f"{'kernel':<28} sm   registers  shared (limit)    spilled  products       configuration")
     rows = []
-    for job, capability in compile_all(jobs, options.jobs):
+    for job, capability in compile_all(jobs, own, options.jobs):
         rows.append(row(job, capability))
         print(line(rows[-1]), flush=True)
     failures = [f"{r['kernel']} sm_{r['sm']} ({r['configuration']}): {text}" for r in rows for text in r["problems"]]
+    if whole:
+        made = {(job.configuration.module, job.configuration.kernel) for job in jobs}
+        failures += [*left_out(kernel_modules(), made), *table_problems(questions)]
     print(*failures, sep="\n", file=sys.stderr)
     summary = {"bench": "aot", **versions(), "seconds": round(time.perf_counter() - started, 1)}
     summary |= {"configurations": len(jobs), "passed": bool(jobs) and not failures, "failures": failures, "rows": rows}
@@ -166,15 +159,15 @@ def of_a_picture(scheme: str, backend: str) -> Iterator[Configuration]:
 
 
 def on_meta(check: Check) -> tuple[Any, ...]:
-    try:
-        with Shapes():
-            return check.case.make("meta")
-    except (RuntimeError, NotImplementedError, TypeError):  # a case that reads its own values
-        return check.case.make("meta")
+    return drawn(check.case, "meta")
 
 
-def compile_all(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, int]]:
-    """All of them for the home architecture, then for every other one the largest of each kernel, as they are done."""
+def key_of(job: Job) -> str:
+    return job.configuration.key
+
+
+def compile_all(jobs: Sequence[Job], own: list[tuple[Job, int]], processes: int) -> Iterator[tuple[Job, int]]:
+    """All of them for the home architecture, then for every other one the largest of each kernel and its `own`."""
     with workers(processes) as each:
         yield from build_each(each, [(job, HOME) for job in jobs])
         largest: dict[tuple[str, str], Job] = {}
@@ -182,7 +175,7 @@ def compile_all(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, int]
             kernel = (job.configuration.module, job.configuration.kernel)
             largest[kernel] = max(largest.get(kernel, job), job, key=size)
         others = [capability for capability in SHARED_PER_BLOCK if capability != HOME]
-        yield from build_each(each, [(job, capability) for job in largest.values() for capability in others])
+        yield from build_each(each, [(job, capability) for job in largest.values() for capability in others] + own)
 
 
 @contextmanager

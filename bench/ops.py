@@ -1,11 +1,13 @@
 """Every operator on a CUDA device: first whether it is right, then how fast, beside torch and beside the roof.
 
-    python bench/ops.py [--only NAME ...] [--repeat 20]
+    python bench/ops.py [--only NAME ...] [--repeat 20] [--strict]
 
 The roof is measured in the same run: large matrix products and a large copy. What an operator could take at best is
 its multiplications at that rate or its bytes at that bandwidth, whichever is longer. Caches are flushed before every
 timed run; times are medians in microseconds. An operator that disagrees with its reference is not timed. A table, then
-one JSON line; exit status 1 when something disagrees. Without a CUDA device it says so and succeeds.
+one JSON line, whose `slower` lists what takes over 2 % longer than torch on the same arguments, and whether the card's
+table has torch do it (kernels/_tuned.py). Exit status 1 when something disagrees or was not reached, with --strict also
+when something is slower and not listed there. Without a CUDA device it says so and succeeds.
 """
 
 import argparse
@@ -13,25 +15,34 @@ import json
 import signal
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from unipic_run.bench.agreement import agreement
 from unipic_run.bench.checkout import require_this_checkout
+from unipic_run.bench.drawn import drawn
 from unipic_run.engine.meter import precision
 from unipic_run.engine.precision import true_float32
 from unipic_run.kernels._op import HAS_TRITON, Operator, recording
 from unipic_run.kernels._registry import Check, checks
+from unipic_run.kernels._tuned import torch_is_faster
 
 DEVICE = "cuda"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIDE = {"bf16": 8192, "fp16": 8192, "fp32": 4096, "int8": 8192}  # of the square matrices that make the roof
-COPIED = 2**30  # bytes
+SMALL = 256  # the same on a CPU, where no roof is claimed and only the way to it is tried
+COPIED = 2**30  # bytes, and on a CPU
+COPIED_SMALL = 2**22
 FLUSHED = 2**28  # more than any card's L2
+HEAD_START = 500_000  # cycles that the device waits while the host gets ahead of it
 WARM_UP = 3
+SLOWER = 1.02  # of torch's time, so that noise is no finding
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     with torch.inference_mode(), true_float32():
         roof = measured_roof(options.repeat)
         print("roof, in 1e12 a second:", ", ".join(f"{name} {value / 1e12:.2f}" for name, value in roof.items()))
-        print(f"{'operator: case':<64} {'us':>9} {'torch us':>9} {'% of roof':>9} {'launches':>8}")
+        print(f"{'operator: case':<64} {'us':>9} {'torch us':>9} {'ratio':>6} {'% of roof':>9} {'launches':>8}")
         rows = []
         signal.signal(signal.SIGTERM, stop)
         with suppress(Stopped):  # when time is up, what was measured so far still counts
@@ -54,10 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
                 print(line(row), flush=True)
                 torch.cuda.empty_cache()
     wrong = [row["check"] for row in rows if row["problem"]]
-    passed = len(rows) == len(wanted) > 0 and not wrong
-    told = {"roof": roof, "passed": passed, "left": len(wanted) - len(rows), "wrong": wrong, "rows": rows}
-    print(json.dumps(describe() | told))
-    return 0 if passed else 1
+    passed, slower = len(rows) == len(wanted) > 0 and not wrong, slower_than_torch(rows)
+    unlisted = [row for row in slower if not row["torch_is_used"]]
+    told = {"roof": roof, "passed": passed, "left": len(wanted) - len(rows), "wrong": wrong, "slower": slower}
+    print(json.dumps(describe() | told | {"rows": rows}))
+    return 0 if passed and not (options.strict and unlisted) else 1
 
 
 class Stopped(BaseException):
@@ -72,6 +84,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="ops", description="Every operator: correctness, then time against the roof.")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these operators")
     parser.add_argument("--repeat", type=int, default=20, help="timed runs of each (default 20)")
+    parser.add_argument("--strict", action="store_true", help="exit status 1 if torch should do more than is listed")
     return parser.parse_args(arguments)
 
 
@@ -87,43 +100,72 @@ def describe() -> dict[str, Any]:
     }
 
 
-def measured_roof(repeat: int) -> dict[str, float]:
+def measured_roof(repeat: int, device: str = DEVICE) -> dict[str, float]:
     """Operations a second of large square products by precision, and bytes a second of a large copy."""
-    roof = {name: product_rate(name, repeat) for name in SIDE}
-    source = torch.empty(COPIED, dtype=torch.int8, device=DEVICE)
+    roof = {name: product_rate(name, repeat, device) for name in SIDE}
+    copied = COPIED_SMALL if device == "cpu" else COPIED
+    source = torch.empty(copied, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    return roof | {"copy": 2 * COPIED / seconds(lambda: target.copy_(source), repeat)}
+    return roof | {"copy": 2 * copied / seconds(lambda: target.copy_(source), repeat, device=device)}
 
 
-def product_rate(name: str, repeat: int) -> float:
+def product_rate(name: str, repeat: int, device: str = DEVICE) -> float:
     """Operations a second of a large square product in a precision (bf16, fp16, fp32, int8)."""
-    side = SIDE[name]
+    side = SMALL if device == "cpu" else SIDE[name]
     if name == "int8":
-        a, b = (torch.ones(side, side, dtype=torch.int8, device=DEVICE) for _ in range(2))
-        return 2 * side**3 / seconds(lambda: torch._int_mm(a, b.T), repeat)
-    a, b = (torch.randn(side, side, device=DEVICE).to(DTYPES[name]) for _ in range(2))
-    return 2 * side**3 / seconds(lambda: a @ b.T, repeat)
+        a, b = (torch.ones(side, side, dtype=torch.int8, device=device) for _ in range(2))
+        return 2 * side**3 / seconds(lambda: torch._int_mm(a, b.T), repeat, device=device)
+    a, b = (torch.randn(side, side, device=device).to(DTYPES[name]) for _ in range(2))
+    return 2 * side**3 / seconds(lambda: a @ b.T, repeat, device=device)
 
 
-def seconds(function: Callable[[], Any], repeat: int, before: Callable[[], Any] = lambda: None) -> float:
-    """The median of single runs, each behind a flush of the caches that also hides what the host takes to launch."""
-    flush = torch.empty(FLUSHED, dtype=torch.int8, device=DEVICE)
+def roofline(name: str, how: str, flop: int, nbytes: int, roof: dict[str, float]) -> tuple[float, str]:
+    """The seconds that an operator in a precision takes at best, and whether arithmetic or memory says so."""
+    rate = roof[how]
+    if how == "int8" and "attention" in name:  # the scores are products of whole numbers, their use is not
+        rate = 2 / (1 / roof["int8"] + 1 / roof["fp16"])
+    return max((flop / rate, "arithmetic"), (nbytes / roof["copy"], "memory"))
+
+
+def nothing() -> None:
+    """To be done before a timed run."""
+
+
+def seconds(
+    function: Callable[[], Any],
+    repeat: int,
+    before: Callable[[], Any] = nothing,
+    device: str = DEVICE,
+    warm_up: int = WARM_UP,
+) -> float:
+    """The median of single runs; on a GPU each behind a flush of the caches and a wait that hides the host's work."""
+    if device == "cpu":
+        return statistics.median([host_seconds(function, before) for _ in range(warm_up + repeat)][warm_up:])
+    flush = torch.empty(FLUSHED, dtype=torch.int8, device=device)
     times = []
-    for run in range(WARM_UP + repeat):
+    for _ in range(warm_up + repeat):
         before()
         flush.zero_()
+        torch.cuda._sleep(HEAD_START)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         function()
         end.record()
         torch.cuda.synchronize()
-        if run >= WARM_UP:
-            times.append(start.elapsed_time(end) / 1000)
-    return statistics.median(times)
+        times.append(start.elapsed_time(end) / 1000)
+    return statistics.median(times[warm_up:])
+
+
+def host_seconds(function: Callable[[], Any], before: Callable[[], Any]) -> float:
+    before()
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def one(check: Check, roof: dict[str, float], repeat: int) -> dict[str, Any]:
-    row = {"check": str(check), "operator": check.operator.name, "problem": ""}
+    row = {"check": str(check), "operator": check.operator.name, "case": check.case.why, "problem": ""}
+    check = replace(check, case=replace(check.case, make=partial(drawn, check.case)))
     try:
         found = agreement(check, DEVICE, check.operator.op)  # the kernel itself, so that nothing falls back to torch
         if not found.holds:
@@ -142,17 +184,15 @@ def timed(check: Check, roof: dict[str, float], repeat: int) -> dict[str, Any]:
     theirs = seconds(lambda: operator.torch(*arguments), repeat, again)
     cost = operator.cost(*arguments)
     how = precision([x for x in arguments if isinstance(x, Tensor)])
-    rate = roof[how]
-    if how == "int8" and "attention" in operator.name:  # the scores are products of whole numbers, their use is not
-        rate = 2 / (1 / roof["int8"] + 1 / roof["fp16"])
-    arithmetic, memory = cost.flop / rate, cost.nbytes / roof["copy"]
-    best = max(arithmetic, memory)
+    best, bound = roofline(operator.name, how, cost.flop, cost.nbytes, roof)
     return {
         "seconds": ours,
         "torch_seconds": theirs,
+        "ratio": ours / theirs,
+        "torch_is_used": torch_is_faster(operator.name, arguments),
         "roof_seconds": best,
         "share_of_roof": best / ours,
-        "bound": "arithmetic" if arithmetic > memory else "memory",
+        "bound": bound,
         "precision": how,
         "flop": cost.flop,
         "nbytes": cost.nbytes,
@@ -171,11 +211,19 @@ def restoring(operator: Operator, arguments: tuple[Any, ...]) -> Callable[[], No
     return restore
 
 
+def slower_than_torch(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Where torch should do the work: operator, case, and how many times longer ours takes, the worst first."""
+    found = [row for row in rows if not row["problem"] and row["ratio"] > SLOWER]
+    named = ("operator", "case", "ratio", "seconds", "torch_seconds", "torch_is_used")
+    return [{name: row[name] for name in named} for row in sorted(found, key=lambda row: -row["ratio"])]
+
+
 def line(row: dict[str, Any]) -> str:
     if row["problem"]:
         return f"{row['check']:<64} {row['problem']}"
-    slower = "" if row["seconds"] <= row["torch_seconds"] else "  slower than torch"
-    times = f"{1e6 * row['seconds']:>9.1f} {1e6 * row['torch_seconds']:>9.1f} {100 * row['share_of_roof']:>9.0f}"
+    slower = "  slower than torch" * (row["ratio"] > SLOWER) + ", which is used" * row["torch_is_used"]
+    times = f"{1e6 * row['seconds']:>9.1f} {1e6 * row['torch_seconds']:>9.1f} {row['ratio']:>6.2f}"
+    times += f" {100 * row['share_of_roof']:>9.0f}"
     return f"{row['check']:<64} {times} {row['launches']:>8}{slower}"
 
 

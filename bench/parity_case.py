@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
+from unipic_run.bench.parity_ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,11 @@ class Case:
     folder: Path
     settings: Any
     tensors: dict[str, Tensor]
+    kept_by: type[Ledger] = Ledger
+
+    def ledger(self) -> Ledger:
+        """An empty account of its tensors."""
+        return self.kept_by(self.tensors)
 
     @property
     def kind(self) -> str:

@@ -12,6 +12,7 @@ EXACT = 0.0
 NETWORK = 2e-4  # absolute: intermediates, tokens, images, logits
 UNIT = 5e-5  # absolute: single modules, preprocessed pixels
 TABLE = 1e-12  # relative: float64 constants
+INFORMATIVE = math.inf  # reported, whatever it is
 OFF_BY_ONE = 0.005  # share of 8-bit values that may be one level off, none more
 
 
@@ -74,11 +75,11 @@ class Ledger:
         return max(self.checks.items(), key=lambda item: item[1].strain, default=None)
 
     def report(self) -> dict[str, Any]:
-        """JSON-ready; an infinite error is null."""
+        """JSON-ready; what is infinite is null."""
         tensors = {
             name: {
-                "error": check.error if math.isfinite(check.error) else None,
-                "tolerance": check.tolerance,
+                "error": _number(check.error),
+                "tolerance": _number(check.tolerance),
                 "passed": check.passed,
             }
             | ({"note": check.note} if check.note else {})
@@ -105,6 +106,10 @@ def _difference(ours: Any, recorded: Any, tolerance: float, relative: bool) -> C
         error = error / recorded.abs().clamp_min(torch.finfo(torch.float64).tiny)
     worst = error.max().item()  # NaN wins over every number
     return Check(worst if math.isfinite(worst) else math.inf, tolerance)
+
+
+def _number(x: float) -> float | None:
+    return x if math.isfinite(x) else None
 
 
 def _wide(value: Any) -> Tensor:

@@ -25,7 +25,7 @@ INJECTED = "played into the engine; what follows from it is compared"
 
 def replay_images(engine: Engine, case: Case) -> Ledger:
     """A `text2image`, `text2image_batch` or `image_edit` case, all images in one batch and then one by one."""
-    ledger = Ledger(case.tensors)
+    ledger = case.ledger()
     result, watch = make_images(engine, case, case.batch)
     compare_prompts(ledger, engine, watch)
     if "source_pixels" in case.tensors:
@@ -154,7 +154,7 @@ def compare_source(ledger: Ledger, watch: Watch) -> None:
     ledger.compare("source_pixels", task.pixels, NETWORK)
     ledger.compare("source_latent_tokens", source.latents.unflatten(1, grid), NETWORK)
     ledger.compare("source_x_con", source.x_con, NETWORK)
-    ledger.compare("source_z_enc", source.features, NETWORK)
+    ledger.compare("source_z_enc", watch.stream.plain(source.features), NETWORK)
 
 
 def compare_rounds(ledger: Ledger, watch: Watch, settings: dict[str, Any]) -> None:

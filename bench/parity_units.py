@@ -11,6 +11,7 @@ from torch import Tensor
 from unipic_run.bench.parity_bf16 import compare_distance, rms
 from unipic_run.bench.parity_case import Case
 from unipic_run.bench.parity_ledger import EXACT, UNIT, Ledger
+from unipic_run.bench.parity_stream import Stream
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.layers.attention import Attention
 from unipic_run.engine.layers.qwen2 import Qwen2, Qwen2Config, inverse_frequencies
@@ -28,8 +29,8 @@ class Units:
 
     def __init__(self, engine: Engine, case: Case) -> None:
         self.model, self.config, self.device = engine.loaded.model, engine.config, engine.device
-        self.case, self.ledger = case, Ledger(case.tensors)
-        head = self.config.head
+        self.case, self.ledger = case, case.ledger()
+        self.stream, head = Stream(self.model), self.config.head
         self.table = ddpm_table(head.train_steps, head.steps, head.max_beta)
 
     def run(self) -> Ledger:
@@ -93,14 +94,14 @@ class Units:
             self.compare(f"{name}.{suffix}", model.mar_decoder(encoded, visible, everything, base, *positions))
 
     def projections(self) -> None:
-        for name in ("proj_in", "proj_out"):
-            self.compare(f"{name}.y", getattr(self.model, name)(self.given(f"{name}.x")))
+        self.compare("proj_in.y", self.stream.plain(self.model.proj_in(self.given("proj_in.x"))))
+        self.compare("proj_out.y", self.model.proj_out(self.stream.inner_normed(self.given("proj_out.x"))))
 
     def llm(self) -> None:
-        embeds = self.given("llm.embeds")
+        embeds = self.stream.inner(self.given("llm.embeds"))
         caches = [unipic.new_cache(self.model, embeds.shape[1], embeds) for _ in embeds]
         hidden = [self.model.llm.extend(row[None], cache) for row, cache in zip(embeds, caches, strict=True)]
-        self.compare("llm.hidden_causal", torch.cat(hidden))
+        self.compare("llm.hidden_causal", self.stream.plain_normed(torch.cat(hidden)))
 
     def diffusion(self) -> None:
         """The respaced noise table against the float64 constants."""

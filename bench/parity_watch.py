@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from unipic_run.bench.parity_stream import Stream
 from unipic_run.engine import text
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.kv_cache import KVCache
@@ -39,7 +40,7 @@ class Watch:
     """Everything seen inside the `with`, as copies on the CPU."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+        self.engine, self.stream = engine, Stream(engine.loaded.model)
         self.prefills: list[Prefill] = []
         self.encoded: list[tuple[Tensor, Tensor]] = []  # latents in, features out, of every MAR encoder call
         self.batches: list[Sampled] = []
@@ -99,7 +100,8 @@ class Watch:
     def _on_llm(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         x, prompts = args
         positions = prompts.positions(x.shape[1])
-        self._now |= {"llm_in": kept(x), "position_ids": kept(positions), "llm_out": kept(out)}
+        self._now |= {"llm_in": kept(self.stream.plain(x)), "position_ids": kept(positions)}
+        self._now |= {"llm_out": kept(self.stream.plain_normed(out))}
 
     def _on_decoder(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         self._now |= {"enc_out": kept(args[0]), "z": kept(out)}
@@ -109,7 +111,8 @@ class Watch:
 
     def _extend(self, extend: Callable[..., Tensor], x: Tensor, cache: KVCache) -> Tensor:
         hidden = extend(x, cache)
-        self.prefills.append(Prefill(cache, tuple(self._ids), kept(x), kept(hidden)))
+        plain = kept(self.stream.plain(x)), kept(self.stream.plain_normed(hidden))
+        self.prefills.append(Prefill(cache, tuple(self._ids), *plain))
         self._ids = []
         return hidden
 

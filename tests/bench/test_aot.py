@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from unipic_run.bench import aot
+from unipic_run.bench import aot, aot_coverage
 from unipic_run.engine.gpus import SHARED_PER_BLOCK
-from unipic_run.kernels._op import HAS_TRITON
+from unipic_run.kernels import _tuned
+from unipic_run.kernels._op import HAS_TRITON, recording
+from unipic_run.kernels._registry import checks, kernel_modules
+from unipic_run.kernels._tuned import Question
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANTED = """
@@ -109,3 +112,67 @@ def test_each_planted_fault_is_found_and_nothing_else(tmp_path):
 def test_says_so_where_kernels_are_interpreted(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert aot.main([]) == 2 and "unset it" in json.loads(capsys.readouterr().out.splitlines()[-1])["skipped"]
+
+
+ENTRY = {"options": {"BLOCK_N": 32, "num_warps": 4}}
+ASKED = Question("norm_like", "bfloat16 d64", {"BLOCK_N": 64, "num_warps": 8}, lambda tile: 2048 * tile["BLOCK_N"])
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    """Tuned tables in place of the shipped ones: capability -> kernel -> shape class -> entry."""
+
+    def write(**of):
+        for capability, kernels in of.items():
+            table = {"source": "measured", "shared_bytes": 101376, "kernels": kernels}
+            (tmp_path / f"{capability}.json").write_text(json.dumps(table))
+
+    monkeypatch.setattr(_tuned, "FOLDER", tmp_path)
+    return write
+
+
+def test_an_entry_of_a_table_that_nothing_asks_for_is_a_problem(tables):
+    large = {"options": {"BLOCK_N": 128}}
+    tables(
+        sm_86={"norm_like": {"bfloat16 d64": ENTRY}}, sm_89={"norm_like": {"float32 d9": ENTRY}, "gone": {"": ENTRY}}
+    )
+    unasked = list(aot_coverage.table_problems([ASKED]))
+    assert [text.partition(":")[0] for text in unasked] == ["sm_89.json, norm_like, float32 d9", "sm_89.json, gone, "]
+    tables(sm_86={"norm_like": {"bfloat16 d64": large}}, sm_89={})
+    (found,) = aot_coverage.table_problems([ASKED])
+    assert "needs 262144 bytes of shared memory" in found
+
+
+def test_what_another_cards_table_lists_is_compiled_for_that_card(tables):
+    tables(sm_80={}, sm_86={"norm_like": {"bfloat16 d64": ENTRY}}, sm_89={"norm_like": {"bfloat16 d64": ENTRY}})
+
+    def collect():  # as launchers do: what is not listed for the architecture is the heuristic
+        return ["heuristic", f"tuned for {_tuned.HOME}"]
+
+    at_home = collect()
+    assert at_home == ["heuristic", "tuned for 89"]
+    assert list(aot_coverage.elsewhere(at_home, str, collect)) == [("tuned for 86", 86)]
+    assert _tuned.HOME == 89
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_a_kernel_that_no_case_leads_to_is_a_problem():
+    modules = kernel_modules()
+    found = [
+        text.partition(":")[0].removeprefix("unipic_run.kernels.") for text in aot_coverage.left_out(modules, set())
+    ]
+    assert {"norms._norm_kernel", "attention._attention_kernel"} <= set(found) and len(found) > 15
+    (norm,) = [text for text in found if text == "norms._norm_kernel"]
+    compiled = {("unipic_run.kernels.norms", "_norm_kernel")}
+    assert norm not in " ".join(aot_coverage.left_out(modules, compiled))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_cases_and_pictures_lead_to_every_kernel():
+    """Counted as launched on the meta device, which needs no compiler."""
+    made = set()
+    for check in checks("aot"):
+        with recording() as launches:
+            check.operator.op(*aot.on_meta(check))
+        made |= {(launch.kernel.fn.__module__, launch.kernel.fn.__name__) for launch in launches}
+    assert not list(aot_coverage.left_out(kernel_modules(), made))

@@ -16,6 +16,7 @@ from unipic_run.bench.parity_case import Case
 from unipic_run.bench.parity_runs import make_images
 from unipic_run.engine.models.unipic.head import DiffusionHead
 from unipic_run.engine.noise import PhiloxNoise
+from unipic_run.quant.int8 import Int8Linear
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = Path(os.environ.get("UNIPIC_RUN_GOLDENS", ROOT.parent / "shared" / "goldens")) / "unipic1"
@@ -62,6 +63,59 @@ def test_the_compact_copy_passes(replay, goldens):
 def test_the_full_set_passes(capsys):
     status = parity.main([str(FULL), "--json"])
     assert status == 0, missed(json.loads(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "int8-qk"])
+def test_in_int8_every_error_stands_beside_that_of_float32(replay, copied, attention):
+    folder = copied("edit", "units", "understand", "tokenizer")
+    status, summary = replay(folder, "--quant", "int8", "--attn", attention)
+    assert status == 0, missed(summary)
+    assert summary["informative"] and summary["left_out"] == {"tokenizer": "no weights take part"}
+    cases = {name: case["tensors"] for name, case in summary["cases"].items()}
+    for case, name in (
+        ("units", "llm.hidden_causal"),
+        ("units", "head.out"),
+        ("edit", "image"),
+        ("understand", "logits"),
+    ):
+        assert (
+            1e-3 < cases[case][name]["error"] < cases[case][name]["tolerance"] and cases[case][name]["float32"] < 1e-5
+        )
+    # what no int8 layer has touched: the rotated stream is turned back exactly
+    assert cases["units"]["proj_in.y"]["error"] < 1e-6 and cases["units"]["proj_out.y"]["error"] < 1e-6
+    assert cases["edit"]["step3.pred_mask"] == {"error": 0.0, "tolerance": 0.0, "passed": True, "float32": 0.0}
+    assert cases["understand"]["generated_ids"]["tolerance"] is None
+
+
+def scales_one_row_off(layer):
+    layer.scale.copy_(layer.scale.roll(1))
+
+
+def scales_twice_as_large(layer):
+    layer.scale.mul_(2)
+
+
+def one_column_in_four_lost(layer):
+    layer.weight[:, ::4] = 0
+
+
+@pytest.mark.parametrize("broken", [scales_one_row_off, scales_twice_as_large, one_column_in_four_lost])
+def test_a_broken_quantisation_is_a_miss(replay, copied, monkeypatch, broken):
+    load = Engine.from_pretrained
+
+    def loaded(*args, **how):
+        engine = load(*args, **how)
+        for layer in engine.loaded.model.modules():
+            if isinstance(layer, Int8Linear):
+                broken(layer)
+        return engine
+
+    monkeypatch.setattr(Engine, "from_pretrained", loaded)
+    status, summary = replay(copied("units"), "--quant", "int8")
+    assert status == 1
+    units = {"mar.native.enc", "mar.interp.z", "llm.hidden_causal", "head.out", "loop.cfg3.out"}
+    assert units <= set(missed(summary)["units"])
+    assert not {"proj_in.y", "proj_out.y", "vae.dec.image"} & set(missed(summary)["units"])
 
 
 def test_a_corrupted_expectation_is_a_miss(replay, copied):

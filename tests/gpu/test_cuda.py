@@ -90,22 +90,27 @@ def test_a_batch_makes_the_same_pictures_as_single_runs(load):
     assert min(psnr(a, b) for a, b in zip(together, singles, strict=True)) >= 40
 
 
-def test_a_round_never_waits_for_the_device(load):
-    engine = load("cuda")
+@pytest.mark.parametrize(("dtype", "quant", "attention"), [("fp32", "none", "sdpa"), ("bf16", "int8", "int8-qk")])
+def test_a_round_never_waits_for_the_device(load, dtype, quant, attention):
+    """Of three pictures of one shape: eager with the head's captures, with those of the rounds, and replayed."""
+    engine = load("cuda", dtype, quant, attention)
     loaded, family = engine.loaded, engine.loaded.family
     task = Task("generate", 8, 8, steps=4, guidance=3.0, cfg_schedule="linear", temperature=0.9)
-    batch = Batch(PROMPTS[:2], [PhiloxNoise(1), PhiloxNoise(2)])
+    loaded.model.graphs.clear()
     with torch.inference_mode(), true_float32():
-        conditions = family.condition(loaded.model, loaded.tokens, task, batch)
-        rounds = plan_rounds(task, batch).to(engine.device)
-        sampling = family.sample(loaded.model, conditions, task, batch, rounds)
-        next(sampling)  # the first round may set libraries up
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            next(sampling)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        for picture in range(3):
+            batch = Batch(PROMPTS[:2], [PhiloxNoise(picture), PhiloxNoise(9)])
+            conditions = family.condition(loaded.model, loaded.tokens, task, batch)
+            rounds = plan_rounds(task, batch).to(engine.device)
+            sampling = family.sample(loaded.model, conditions, task, batch, rounds)
+            next(sampling)  # tables go up, and the first round may set libraries up
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                assert len(list(sampling)) == 3
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert loaded.model.graphs.failed == {}
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
