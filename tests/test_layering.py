@@ -13,16 +13,16 @@ ROOT = Path(__file__).resolve().parents[1]
 TOP = ("kernels", "quant", "engine", "pocket", "bench", "cli")
 # The engine's storeys, lowest first. A new file gets its place here; the more specific name wins.
 ENGINE = (
-    "errors request precision schedules noise kv_cache graphs tokens gpus meter device lock task outputs options "
-    "terminal image_file picture png_metadata naming",
+    "errors request precision schedules noise kv_cache graphs tokens gpus formulas meter segments foreseen "
+    "repeats device lock task outputs options terminal image_file picture png_metadata naming",
     "checkpoint",
     "layers",
     "models",
     "families",
-    "verbs run text prepare reading making loaded",
-    "plan residency mover transfer forecast placing weights hub pins checkpoint.convert",
-    "engine estimate arguments saving facts info",
-    "doctor",
+    "verbs run text prepare reading making room loaded",
+    "plan kept_plans residency mover transfer forecast placing weights hub pins checkpoint.convert",
+    "engine worker loading choosing estimate arguments saving facts info",
+    "timeline plot fits doctor",
 )
 STOREY = {f"engine.{name}": height for height, names in enumerate(ENGINE) for name in names.split()}
 
