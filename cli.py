@@ -205,10 +205,10 @@ def plan(
     n: o.N = 1,
     model: o.Model = None,
     dtype: o.Dtype = None,
-    quant: o.Quant = None,
-    attn: o.Attn = "sdpa",
+    quant: o.PlanQuant = None,
+    attn: o.PlanAttn = "sdpa",
     gpu: Annotated[str, typer.Option("--gpu", metavar="NAME", help="Whose rates and memory to take.")] = "rtx4090",
-    vram: o.Vram = None,
+    vram: o.PlanVram = None,
     plot: Annotated[
         str | None, typer.Option("--plot", metavar="FILE", help="Also draw memory over time to a PNG.")
     ] = None,

@@ -119,8 +119,9 @@ def check_models(facts: Facts) -> Check:
         return Check("models", "ok", ", ".join(facts.models))
     if facts.offline:
         fix = "unset HF_HUB_OFFLINE and pull one, or give --model a folder"
-        return Check("models", "warn", "none on this machine, and HF_HUB_OFFLINE forbids fetching one", fix)
-    return Check("models", "warn", "none on this machine yet", "unipic-run pull unipic, or give --model a folder")
+        return Check("models", "warn", "none but pocket on this machine, and HF_HUB_OFFLINE forbids fetching one", fix)
+    fix = "unipic-run pull unipic, or give --model a folder"
+    return Check("models", "warn", "none but pocket on this machine yet", fix)
 
 
 def check_network(facts: Facts) -> Check:

@@ -54,7 +54,7 @@ class Facts:
     cache_writable: bool
     cache_free: int
     offline: bool
-    models: tuple[str, ...]
+    models: tuple[str, ...]  # without those inside the package
 
 
 def gather() -> Facts:
@@ -147,7 +147,8 @@ def _cache_facts() -> dict[str, Any]:
     cache = hub.cache_root()
     there = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
     try:
-        models = tuple(row.name for row in hub.list_models() if row.path and row.family != "?")
+        rows = [row for row in hub.list_models() if row.path and row.family != "?"]
+        models = tuple(row.name for row in rows if row.name not in hub.PACKAGED)
     except (OSError, UnipicError):  # a cache that cannot be read
         models = ()
     writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)

@@ -1,9 +1,9 @@
-"""Trains the pocket model from nothing: the autoencoder, then three times LLM, MAR and head together.
+"""Trains the pocket model from nothing: the autoencoder, then four times LLM, MAR and head together.
 
 python -m unipic_run.pocket.train --minutes 150        a sitting; the same command again goes on where it ended
 
-The state stays in --work. Every phase but the last ends with what the next begins with in --begun, the last with the
-model in --out. Delete these folders to begin anew.
+The state stays in --work. Every phase ends with weights in --out, which the next begins with. Delete both folders to
+begin anew.
 """
 
 import argparse
@@ -41,12 +41,12 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     until = time.monotonic() + 60 * options.minutes
-    if not phases_in(options.begun):
+    if not phases_in(options.out):
         finish_vae(options)
-    while time.monotonic() < until and phases_in(options.begun) and not phases_in(options.out):
-        joint(options, phases_in(options.begun) - 1, (until - time.monotonic()) / 60)
-    if phases_in(options.out):
-        print(f"{options.out} is trained to the end: delete it, and {options.begun}, to begin anew")
+    while time.monotonic() < until and 0 < (done := phases_in(options.out)) <= len(JOINT):
+        joint(options, done - 1, (until - time.monotonic()) / 60)
+    if phases_in(options.out) > len(JOINT):
+        print(f"{options.out} is trained to the end: delete it, and {options.work}, to begin anew")
 
 
 def finish_vae(options: argparse.Namespace) -> None:
@@ -58,7 +58,7 @@ def finish_vae(options: argparse.Namespace) -> None:
     if done:
         # What ships is bfloat16: the latents that the next phase learns are those of the shipped encoder.
         shipped = {name: tensor.bfloat16() for name, tensor in vae.state_dict().items()}
-        write_state(options.begun / VAE_DONE, shipped, {"scale": f"{1 / judged.std:.4f}"})
+        write_state(options.out / VAE_DONE, shipped, {"scale": f"{1 / judged.std:.4f}"})
 
 
 def phases_in(folder: Path) -> int:
@@ -83,7 +83,7 @@ def joint(options: argparse.Namespace, phase: int, minutes: float) -> None:
     """A sitting of a joint phase, a look at the model, and its export when the phase is over."""
     work, plan = options.work, JOINT[phase]
     work.mkdir(parents=True, exist_ok=True)
-    tensors, scale = begun(options.begun)
+    tensors, scale = begun(options.out)
     vae = Autoencoder(VAE)
     vae.load_state_dict({name: tensors[name] for name in vae.state_dict()})
     vae.to(options.device, memory_format=torch.channels_last).requires_grad_(False).eval()
@@ -113,9 +113,8 @@ def joint(options: argparse.Namespace, phase: int, minutes: float) -> None:
     )
     show(model, weights, run.step)
     if done:
-        folder = options.out if plan is JOINT[-1] else options.begun
-        export(folder, config, weights, {"trained by": "pocket/train.py", "phases": phase + 2})
-        print(f"phase {phase + 2} is over: {folder}")
+        export(options.out, config, weights, {"trained by": "pocket/train.py", "phases": phase + 2})
+        print(f"phase {phase + 2} is over: {options.out}")
 
 
 def configured(tokens: Tokens, scale: float) -> UniPicConfig:
@@ -137,7 +136,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of the CPU; all by default")
     parser.add_argument("--look-every", type=int, default=1000, help="steps between sample sheets")
     parser.add_argument("--work", type=Path, default=Path("pocket-work"), help="state, shards and sheets")
-    parser.add_argument("--begun", type=Path, default=HERE / "begun", help="what one phase hands on to the next")
     parser.add_argument("--out", type=Path, default=HERE / "weights", help="where the model goes")
     return parser.parse_args()
 

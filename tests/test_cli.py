@@ -103,6 +103,13 @@ def test_auto_says_what_it_chose_and_pictures_do_not_say_auto(run, model):
     assert err == "quant auto: none, on the cpu\n"
 
 
+def test_plan_promises_what_it_can_plan(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, told, _ = run("plan", "--help")
+    assert code == 0 and "--quant" in told and "int8-qk" in told
+    assert not any(word in told for word in ("nf4", "bnb8", "flash-attn", "xformers", "auto: what"))
+
+
 def test_names_that_list_shows_are_names(run, tiny_release):
     assert run("gen", "x", "-m", str(tiny_release), *QUICK, "-o", "a.png")[0] == 0
     name = read_settings("a.png")["model"]
@@ -310,10 +317,10 @@ def test_pull_list_info_verify_on_what_is_here(run, model, tiny_release):
         found = json.loads(run("info", folder, "--json")[1])
         assert (found["layout"], found["family"]) == (layout, "unipic") and found["parameters"] > 10**6
         assert found["licence"] and "never run by us" in found["note"]
-    assert json.loads(run("list", "--json")[1])["models"][0]["path"] is None
+    assert json.loads(run("list", "--json")[1])["models"][1]["path"] is None
     code, out, err = run("pull", str(tiny_release))
     assert code == 0 and "licence" in err
-    assert json.loads(run("list", "--json")[1])["models"][0]["path"] == out.strip()
+    assert json.loads(run("list", "--json")[1])["models"][1]["path"] == out.strip()
     weights = next(Path(out.strip()).glob("*.safetensors"))
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1

