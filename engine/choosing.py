@@ -20,7 +20,7 @@ from .gpus import Card
 from .layers.attention import Attention
 from .loaded import Loaded
 from .mover import parts_of
-from .placing import GIB, card_of, needed, planned, unpacked, usable
+from .placing import CONTEXT, GIB, card_of, free_on, needed, planned, unpacked, usable
 from .plan import META, shapes
 from .request import PATCH
 from .residency import Work, least
@@ -53,7 +53,9 @@ def scheme_for(
     elif device.type != "cuda":
         scheme, why = "none", f"on the {device.type}"
     else:
-        may = torch.cuda.get_device_properties(device).total_memory if bound is None else bound
+        may = bound
+        if may is None:
+            may = min(torch.cuda.get_device_properties(device).total_memory, free_on(device) + CONTEXT)
         scheme, why = choose(plan, card_of(device), may, moving=bound is not None)
     say(f"quant auto: {scheme}, {why}")
     return scheme

@@ -12,6 +12,9 @@ from .errors import BudgetError, UnsupportedDeviceError, UsageError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _LONG_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+# What torch, CUDA's libraries (CUBLAS_STATUS_ALLOC_FAILED) and convolutions without room to work say of memory.
+_NO_MEMORY = re.compile("can't allocate memory|out of memory|ALLOC_FAILED|unable to find an engine", re.IGNORECASE)
+TAKE_LESS = 'add --quant int8 or, on a GPU, --vram auto (Engine keywords quant="int8", vram="auto")'
 
 
 def as_device(name: str | torch.device) -> torch.device:
@@ -75,15 +78,12 @@ def memory_peak(device: torch.device) -> int | None:
 
 
 @contextmanager
-def out_of_memory(doing: str) -> Iterator[None]:
+def out_of_memory(doing: str, remedy: str = TAKE_LESS) -> Iterator[None]:
     """Turns an allocator's failure into a BudgetError, raised only after the failed frames have let go."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(
-            "can't allocate memory|out of memory", str(error)
-        )
-        if not known:
+        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY.search(str(error))):
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__
         traceback.clear_frames(error.__traceback__)
@@ -92,4 +92,4 @@ def out_of_memory(doing: str) -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    raise BudgetError(f"out of memory while {doing} ({reason})", "make fewer or smaller pictures at once") from None
+    raise BudgetError(f"out of memory while {doing} ({reason})", remedy) from None

@@ -57,14 +57,14 @@ class Engine(Worker):
     ) -> "Engine":
         """Load a short name, a folder or a hub id.
 
-        device: auto, cpu, cuda, cuda:N. dtype: auto (bfloat16 on CUDA, float32 on the CPU), bf16, fp16, fp32.
-        quant: none, int8, bnb8, nf4 (the last two through bitsandbytes), or auto: the first of none, int8 and nf4 in
-        which a picture of the trained size fits the GPU without layers that come one by one; by default as the
-        checkpoint is stored. attention: auto, sdpa, int8-qk, flash-attn, xformers. vram: GiB of the GPU that may be
-        used, its CUDA context included, or auto: what is free now, less a margin; weights that do not fit come when
-        they are needed. drop_idle: under that bound, parts that a kind of request does not need are not kept in the
-        host's memory but read from disk again when one needs them. exact_rope: keep rotary frequencies in float32,
-        which the released scripts round to bfloat16.
+        device: auto, cpu, cuda, cuda:N. dtype: auto (bfloat16 on CUDA, float32 on the CPU), bf16, fp16, fp32. quant:
+        none, int8, bnb8, nf4 (the last two through bitsandbytes), or auto: the first of none, int8 and nf4 in which a
+        picture of the trained size fits the GPU without layers that come one by one; by default as the checkpoint is
+        stored. attention: auto, sdpa, int8-qk, flash-attn, xformers. vram: GiB of the GPU that may be used, its CUDA
+        context included, or auto: what is free now, less a margin; weights that do not fit come when they are needed.
+        drop_idle: under that bound, which it needs, parts that do not fit and that a kind of request does not need are
+        not kept in the host's memory after it, but read from disk again when one needs them. exact_rope: keep rotary
+        frequencies in float32, which the released scripts round to bfloat16.
         Raises UsageError, ModelMissingError, CorruptWeightsError, UnsupportedDeviceError, BudgetError.
         `on_progress(doing, done, total)` counts bytes, `say` gets a sentence before anything slow and about each auto.
         """

@@ -10,7 +10,7 @@ Peaks are dense, with float32 sums, at the vendor's boost clock. Shared memory i
 
 from dataclasses import dataclass
 
-KIB, GIB = 2**10, 2**30
+KIB, MIB, GIB = 2**10, 2**20, 2**30
 # Of one block, by compute capability, after the KiB that the system keeps (CUDA C++ programming guide).
 SHARED_PER_BLOCK = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 120: 99 * KIB}
 NODE_SECONDS = 2e-6  # a node of a replayed graph
@@ -65,7 +65,8 @@ def _geforce(
 
 
 # The vendor's architecture whitepapers and data sheets. torch says the same name for some cards of two VRAM sizes:
-# the name then finds the common one.
+# the name then finds the common one. Memory is the nominal size; of the H200, whose 141 GB are no whole GiB, what
+# nvidia-smi reports.
 _CARDS = (
     _geforce("3050", 86, 18, 6, 13.5, 54.2, 168, name="rtx3050-6g"),
     _geforce("3060", 86, 28, 12, 25.5, 102.0, 360),
@@ -84,7 +85,7 @@ _CARDS = (
     Card("l40s", ("NVIDIA L40S",), 89, 142, 48 * GIB, 362.0, 733.0, 864),
     Card("a100-80g", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), 80, 108, 80 * GIB, 312.0, 624.0, 2039),
     Card("h100", ("NVIDIA H100 80GB HBM3",), 90, 132, 80 * GIB, 989.0, 1979.0, 3350),
-    Card("h200", ("NVIDIA H200",), 90, 132, 141 * 10**9, 989.0, 1979.0, 4800),
+    Card("h200", ("NVIDIA H200",), 90, 132, 143771 * MIB, 989.0, 1979.0, 4800),
 )
 CARDS = {card.name: card for card in _CARDS}
 DEVICE_NAMES = {name: card for card in _CARDS for name in card.device_names}

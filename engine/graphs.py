@@ -67,6 +67,11 @@ class Graphs:
         self._capture, self._kind = capture or CudaCapture(), kind
         self._drop()
 
+    @property
+    def holds(self) -> bool:
+        """Whether there is anything whose memory `clear` would give back."""
+        return bool(self._graphs or self._held)
+
     def clear(self, off: str = "") -> None:
         """Forget everything, since weights have moved; with a reason, and capture nothing until the next `clear`."""
         self.off, self.failed = off, {}

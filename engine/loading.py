@@ -15,6 +15,7 @@ from . import families, hub, placing, weights
 from .checkpoint.manifest import Progress
 from .choosing import AUTO, Blueprint, scheme_for
 from .device import as_device, as_dtype, current, out_of_memory
+from .errors import UsageError
 from .layers.attention import resolve
 from .tokens import Tokens
 
@@ -38,14 +39,19 @@ def load(
     say: Callable[[str], None] | None,
 ) -> T:
     """make(family, model, tokens, name, recipe, device, budget, say, reread): the arguments of an Engine."""
+    if drop_idle and vram is None:
+        what = "drop_idle has no effect without vram: all weights stay where they are"
+        raise UsageError(what, "add --vram auto (Engine keyword vram), or leave --drop-idle out")
     place = as_device(device)
     precision = as_dtype(dtype, place)
     scheme = AUTO if quant == AUTO else weights.as_scheme(quant)
     attend = resolve(attention, place, precision)
-    bound = placing.bound_on(place, vram)
+    bound = None if vram == placing.AUTO else placing.bound_on(place, vram)  # a wrong number is refused at once
+    folder = hub.resolve(model, revision=revision, offline=offline, on_progress=on_progress, say=say)
+    if vram == placing.AUTO:  # what is free behind a pull, which may take long
+        bound = placing.bound_on(place, vram)
     if bound is not None and vram == placing.AUTO and say:
         say(f"vram auto: {bound / placing.GIB:.2f} GiB, what is free of the GPU less {placing.MARGIN / placing.GIB:g}")
-    folder = hub.resolve(model, revision=revision, offline=offline, on_progress=on_progress, say=say)
     row, config = families.read(folder)
     family = families.model(row.name)
     if exact_rope:

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from .device import dtype_name, out_of_memory
+from .device import TAKE_LESS, dtype_name, out_of_memory
 from .errors import BudgetError, UnsupportedDeviceError, UsageError
 from .noise import Noise, PhiloxNoise
 from .picture import to_images
@@ -69,7 +69,7 @@ def make_images(
 
         batch = Batch([job.prompt for job in part], [job.noise for job in part])
         try:
-            with out_of_memory("making images"):
+            with out_of_memory("making images", f"make smaller pictures, or {TAKE_LESS}"):
                 made = run_batch(loaded, task, batch, reuse, clock, Watch(tell, cancel, preview_every))
         except BudgetError:
             made = reuse = None  # what an earlier batch has left

@@ -34,6 +34,7 @@ CONTEXT = GIB // 2  # bytes of a card that CUDA itself takes; assumed
 SLACK = 0.94  # share of the rest that tensors may take: the allocator cannot use every byte; heuristic, never measured
 AUTO = "auto"
 MARGIN = GIB // 2  # of what is free, what `auto` leaves to other programs, which may want more later; heuristic
+BUSY = "end what else uses it (nvidia-smi shows that), or take --device cpu"
 UNKNOWN = "rtx4090"  # whose rates stand for those of a card that is not listed
 
 
@@ -55,6 +56,12 @@ def needed(usable: int) -> float:
     return math.ceil((usable / SLACK + CONTEXT) / GIB * 100) / 100
 
 
+def free_on(device: torch.device) -> int:
+    """Bytes of a GPU that are free, behind what CUDA itself has taken here, or takes now. Raises BudgetError."""
+    with out_of_memory("looking at the GPU", BUSY):
+        return torch.cuda.mem_get_info(device)[0]
+
+
 def bound_on(device: torch.device, vram: float | str | None) -> int | None:
     """Bytes of the card that may be used: all that is free now less a margin for `auto`, None for no bound.
 
@@ -63,11 +70,9 @@ def bound_on(device: torch.device, vram: float | str | None) -> int | None:
     if vram is None or (vram == AUTO and device.type != "cuda"):
         return None
     if vram == AUTO:
-        with out_of_memory("looking at the GPU"):
-            free = torch.cuda.mem_get_info(device)[0]  # behind what CUDA itself has taken here, or takes now
+        free = free_on(device)
         if free <= MARGIN + CONTEXT:
-            what = f"{free / GIB:.1f} GiB of the GPU are free, too little to work in"
-            raise BudgetError(what, "end what else uses it (nvidia-smi shows that), or take --device cpu")
+            raise BudgetError(f"{free / GIB:.1f} GiB of the GPU are free, too little to work in", BUSY)
         return free - MARGIN + CONTEXT
     wanted = as_vram(vram)
     if device.type != "cuda":
@@ -179,6 +184,7 @@ class Placing:
         now = self.placement
         if now is None or (now.where, now.stages, now.early) != (found.where, found.stages, found.early):
             self.placement = None  # until the model has another one
+            self._forget_graphs()  # whose memory the weights may need
             self.mover.place(found)
             self.placement = found
             self._forget_graphs()
@@ -191,7 +197,7 @@ class Placing:
 
     def _forget_graphs(self) -> None:
         graphs = self.loaded.model.graphs
-        graphs.clear()
+        graphs.clear(graphs.off)
         if self.placement is not None and "streamed" in self.placement.where.values():
             graphs.failed["round"] = "layers are streamed"  # and have no address that a graph could know
 

@@ -6,27 +6,37 @@ from collections.abc import Callable
 from .errors import UnipicWarning
 from .loaded import Loaded
 
+OFF = "memory ran out"  # why graphs are off until the next request
+
 
 class Room:
     """`loaded` is how the model lies now, `at_once` how many images it makes together."""
 
     def __init__(self, loaded: Loaded, at_once: int = 1, less: Callable[[], tuple[Loaded, int]] | None = None) -> None:
-        """`less` finds the next smaller way to lie, says so, and raises BudgetError where there is none."""
+        """`less` finds the next smaller way to lie, says so, and raises BudgetError where there is none.
+
+        Graphs that an earlier request had to do without are tried again.
+        """
         self.loaded, self.at_once, self.less = loaded, at_once, less
-        self._captures = 0
+        if loaded.model.graphs.off == OFF:
+            loaded.model.graphs.clear()
 
     def shrink(self) -> bool:
         """Go on in less memory: what graphs hold is the first to go, then weights; False where nothing can.
 
+        Where weights stay, images are made one at a time.
         To be called when nothing is held any more of what has failed.
         """
         graphs = self.loaded.model.graphs
-        if graphs.counts.captures > self._captures:
-            self._captures = graphs.counts.captures
-            graphs.clear("memory ran out")
+        if graphs.holds:
+            graphs.clear(OFF)
             warnings.warn("out of memory: going on without CUDA graphs", UnipicWarning, stacklevel=2)
             return True
-        if self.less is None:
+        if self.less is not None:
+            self.loaded, self.at_once = self.less()
+            return True
+        if self.at_once == 1:
             return False
-        self.loaded, self.at_once = self.less()
+        self.at_once = 1
+        warnings.warn("out of memory: going on with one image at a time", UnipicWarning, stacklevel=2)
         return True

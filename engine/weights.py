@@ -96,8 +96,8 @@ def load(
             remedy = f"leave quant out, or convert the original checkpoint again for quant {recipe.scheme}"
             raise UsageError(f"{folder} is stored in {shards.scheme}, which cannot become {recipe.scheme}", remedy)
         change = Change(module, recipe, done=shards.scheme != "none")
-        filling = _Filling(module, shards, (device, device if packed is None else packed), dtype, change)
         inside, done = f"{part}." if part else "", 0
+        filling = _Filling(module, shards, (device, device if packed is None else packed), dtype, change, inside)
         shapes = {name: shape for name, shape in shards.shapes.items() if any_in(inside, change.planned(name, shape))}
         total = sum(map(math.prod, shapes.values()))
         for name, shape in shapes.items():
@@ -105,7 +105,7 @@ def load(
             done += math.prod(shape)
             if on_progress is not None:
                 on_progress("load", done * dtype.itemsize, total * dtype.itemsize)
-    filling.assign(inside)
+    filling.assign()
 
 
 def any_in(inside: str, names: Iterable[str]) -> bool:
@@ -116,14 +116,24 @@ class _Filling:
     """Tensors on their way from the files into a module, all of them assigned at once."""
 
     def __init__(
-        self, module: nn.Module, shards: Shards, devices: tuple[Where, Where], dtype: torch.dtype, change: Change
+        self,
+        module: nn.Module,
+        shards: Shards,
+        devices: tuple[Where, Where],
+        dtype: torch.dtype,
+        change: Change,
+        inside: str,
     ) -> None:
-        """`devices`: of all tensors but the packed ones, and of those."""
-        self.module, self.shards, self.devices, self.change = module, shards, devices, change
+        """`devices`: of all tensors but the packed ones, and of those. `inside`: how names begin that will be filled.
+
+        Only these are compared: others may be packed by now, and have other shapes.
+        """
+        self.module, self.shards, self.devices, self.change, self.inside = module, shards, devices, change, inside
         wanted = module.state_dict()
         planned = {n: p for name, shape in shards.shapes.items() for n, p in change.planned(name, shape).items()}
-        expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-        refuse_differences(expected, {name: shape for name, (_, shape) in planned.items()}, str(shards.folder))
+        expected = {name: tuple(tensor.shape) for name, tensor in wanted.items() if name.startswith(inside)}
+        found = {name: shape for name, (_, shape) in planned.items() if name.startswith(inside)}
+        refuse_differences(expected, found, str(shards.folder))
         self.types = {name: dtype if like.is_floating_point() else like.dtype for name, like in wanted.items()}
         self.types |= dict.fromkeys(change.exact, torch.float32)
         change.gains = {name: self.stored(name) for name in change.reads}
@@ -159,11 +169,11 @@ class _Filling:
             raise CorruptWeightsError(f"{self.shards.where(name)} holds NaN or Inf", remedy)
         return after
 
-    def assign(self, inside: str) -> None:
-        """What was taken, as far as its names begin so."""
-        tensors = {name: tensor for name, tensor in self.tensors.items() if name.startswith(inside)}
+    def assign(self) -> None:
+        """What was taken of the inside; a stored tensor may become others besides."""
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name.startswith(self.inside)}
         packed = {name: tensors.pop(name) for name in self.change.packs if name in tensors}
-        self.module.load_state_dict(tensors, assign=True, strict=not (packed or inside))
+        self.module.load_state_dict(tensors, assign=True, strict=not (packed or self.inside))
         for name, parameter in packed.items():
             layer, _, leaf = name.rpartition(".")
             setattr(self.module.get_submodule(layer), leaf, parameter)

@@ -107,7 +107,8 @@ class Worker:
                 return self._settings(task.kind, prompt=job.prompt, seed=job.seed, size=size, **how)
 
             previews = request.sampling.preview_every
-            room = Room(loaded, request.sampling.batch_size or (GPU_BATCH if self.device.type == "cuda" else 1))
+            at_once = request.sampling.batch_size or (GPU_BATCH if self.device.type == "cuda" else 1)
+            room = Room(loaded, min(at_once, len(jobs)))
             if self.placing:
                 prompts = [job.prompt for job in jobs]
                 room = Room(*self.placing.pictures(task, prompts, room.at_once, bool(previews)), self._less)
@@ -140,7 +141,8 @@ class Worker:
     def _reader(self, loaded: Loaded, picture: Image.Image, requests: Sequence[AskRequest]) -> Reader:
         room = Room(loaded)
         if self.placing:
-            longest, limit = max((r.question for r in requests), key=len), max(r.max_new_tokens for r in requests)
+            longest = max((r.question for r in requests), key=lambda text: len(loaded.tokens.encode(text)))
+            limit = max(r.max_new_tokens for r in requests)
             room = Room(self.placing.answers(requests[0].res // PATCH, longest, limit), less=self._less)
         return Reader(room, picture, requests, Clock(self.device))
 

@@ -12,7 +12,7 @@ from unipic_run.engine.estimate import RoughTokens
 from unipic_run.engine.gpus import CARDS
 from unipic_run.engine.layers.attention import Attention
 from unipic_run.engine.models.unipic.config import RELEASED
-from unipic_run.engine.placing import GIB, needed
+from unipic_run.engine.placing import CONTEXT, GIB, needed
 
 CARD, CPU = CARDS["rtx4090"], torch.device("cpu")
 
@@ -65,7 +65,7 @@ def test_nf4_is_the_last_resort_where_bitsandbytes_is_there(plan, monkeypatch):
     assert choose(plan, CARD, between, moving=True)[0] == "int8"
 
 
-def test_on_a_gpu_it_asks_the_card_or_the_bound(plan, monkeypatch):
+def test_on_a_gpu_it_asks_what_is_free_or_the_bound(plan, monkeypatch):
     asked = []
     monkeypatch.setattr(choosing, "card_of", lambda device: CARD)
     monkeypatch.setattr(
@@ -73,9 +73,11 @@ def test_on_a_gpu_it_asks_the_card_or_the_bound(plan, monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("", (), {"total_memory": 24 * GIB}))
     said = []
-    for bound in (None, 6 * GIB):
+    for bound, free in ((None, 24 * GIB), (None, 9 * GIB), (6 * GIB, 9 * GIB)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 24 * GIB))
         assert scheme_for(plan, torch.device("cuda", 0), bound, "none", said.append) == "int8"
-    assert asked == [(24 * GIB, False), (6 * GIB, True)] and said == ["quant auto: int8, so"] * 2
+    assert asked == [(24 * GIB, False), (9 * GIB + CONTEXT, False), (6 * GIB, True)], "what is free, not the card"
+    assert said == ["quant auto: int8, so"] * 3
 
 
 def test_a_stored_precision_stays_and_a_cpu_takes_none(tiny_release, tmp_path):

@@ -113,7 +113,16 @@ class Big:
 
 @pytest.mark.parametrize(
     "failure",
-    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 9 bytes"), MemoryError()],
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("can't allocate memory: 9 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+        RuntimeError("Unable to find an engine"),
+        MemoryError(),
+    ],
+    ids=lambda failure: str(failure)[:20] or "MemoryError",
 )
 def test_running_out_of_memory_frees_what_the_failed_call_held(failure: Exception) -> None:
     held: list[weakref.ref] = []
@@ -126,6 +135,14 @@ def test_running_out_of_memory_frees_what_the_failed_call_held(failure: Exceptio
     with pytest.raises(BudgetError, match="out of memory while painting"), out_of_memory("painting"):
         work()
     assert held[0]() is None
+
+
+def test_the_remedy_is_one_that_helps() -> None:
+    for remedy in ({}, {"remedy": "wait"}):
+        with pytest.raises(BudgetError) as caught, out_of_memory("painting", **remedy):
+            raise MemoryError
+        assert caught.value.remedy == remedy.get("remedy", caught.value.remedy)
+        assert remedy or ("--vram auto" in caught.value.remedy and "--quant int8" in caught.value.remedy)
 
 
 def test_other_errors_pass_through() -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.overrides import TorchFunctionMode
 from unipic_run.engine.errors import BudgetError, UnipicWarning
-from unipic_run.engine.graphs import Counts
+from unipic_run.engine.graphs import Graphs
 from unipic_run.engine.room import Room
 
 HOW = {"res": 64, "steps": 3, "seed": 5}
@@ -119,14 +119,47 @@ def test_nothing_of_what_failed_is_held_when_weights_move(under, monkeypatch, na
 
 
 def test_graphs_are_the_first_to_go():
-    counts, said = Counts(captures=3), []
-    graphs = SimpleNamespace(counts=counts, clear=said.append)
-    loaded = SimpleNamespace(model=SimpleNamespace(graphs=graphs))
-    room = Room(loaded, 4, less=lambda: (loaded, 1))
+    loaded = with_graphs()
+    graphs, room = loaded.model.graphs, Room(loaded, 4, less=lambda: (loaded, 1))
+    assert graphs.holds
     with going_on(1):
-        assert room.shrink() and room.at_once == 4 and said == ["memory ran out"]
-    assert room.shrink() and room.at_once == 1 and len(said) == 1
-    assert not Room(SimpleNamespace(model=SimpleNamespace(graphs=SimpleNamespace(counts=Counts())))).shrink()
+        assert room.shrink() and room.at_once == 4
+    assert not graphs.holds and graphs.off
+    assert room.shrink() and room.at_once == 1, "nothing is done again for graphs that are gone"
+    graphs.counts.captures += 1  # but given up meanwhile
+    assert not Room(loaded).shrink()
+
+
+def test_the_next_request_tries_graphs_again_and_leaves_other_reasons_alone():
+    loaded = with_graphs()
+    graphs = loaded.model.graphs
+    with going_on(1):
+        Room(loaded).shrink()
+    assert graphs.refusal("round", torch.device("cpu"))
+    Room(loaded)
+    assert not graphs.refusal("round", torch.device("cpu"))
+    graphs.clear("watched")
+    Room(loaded)
+    assert graphs.off == "watched"
+
+
+def with_graphs():
+    """A model that has captured one function."""
+    graphs = Graphs(lambda function, device, first: (lambda: None, function()), "cpu")
+    graphs.run("round", 1, torch.neg, (torch.ones(2),), at_sight=True)
+    return SimpleNamespace(model=SimpleNamespace(graphs=graphs))
+
+
+def test_without_a_budget_pictures_go_on_one_at_a_time(tiny_engine, monkeypatch):
+    prompts, how = ["a red fox", "a lamp"], {"batch_size": 2, **HOW}
+    expected = [tiny_engine.generate(prompt, **HOW).images[0] for prompt in prompts]
+    calls = failing(monkeypatch, tiny_engine.loaded.family, "decode", at=[1])
+    with going_on(1):
+        made = tiny_engine.generate(prompts, **how)
+    assert len(calls) == 3 and all(map(same, made.images, expected))
+    failing(monkeypatch, tiny_engine.loaded.family, "decode", at=[1])
+    with going_on(0), pytest.raises(BudgetError, match="make smaller pictures, or add --quant int8"):
+        tiny_engine.generate("a red fox", **{**how, "batch_size": 4})
 
 
 def test_without_a_budget_it_ends_in_an_error_and_the_engine_stays_usable(tiny_engine, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from unipic_run import Engine
-from unipic_run.engine import placing
+from unipic_run.engine import loading, placing
 from unipic_run.engine.errors import BudgetError, UsageError
 from unipic_run.engine.placing import CONTEXT, GIB, MARGIN, as_vram, bound_on, held_to, release, usable
 from unipic_run.engine.transfer import room_of, tensors_of
@@ -129,8 +129,10 @@ def test_a_load_that_fails_leaves_torch_its_memory(tiny_release, monkeypatch, fa
 
 
 @pytest.mark.filterwarnings("ignore::unipic_run.engine.errors.UnipicWarning")
-@pytest.mark.parametrize("quant", ["none", "int8"])
+@pytest.mark.parametrize("quant", ["none", "int8", "nf4"])
 def test_what_a_task_does_not_use_is_dropped_and_read_again(tiny_release, monkeypatch, quant):
+    if quant == "nf4":
+        pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(placing, "bound_on", lambda device, vram: 6 * GIB)
     monkeypatch.setattr(placing, "held_to", lambda device, bound: nullcontext())
     how, asked = {"device": "cpu", "quant": quant}, {"res": 64, "max_new_tokens": 4}
@@ -148,6 +150,42 @@ def test_what_a_task_does_not_use_is_dropped_and_read_again(tiny_release, monkey
             assert nbytes(engine) == whole - sum(p.nbytes for p in engine.placing.parts if p.name in idle)
             assert same(engine.generate("a red fox", **HOW).images[0], picture)
             assert same(engine.edit(photo(), "make it night", **HOW).images[0], night)
+
+
+def test_drop_idle_needs_a_bound(tiny_release):
+    with pytest.raises(UsageError, match=r"drop_idle has no effect without vram.*--vram auto"):
+        Engine.from_pretrained(tiny_release, device="cpu", drop_idle=True)
+
+
+def test_what_is_free_is_asked_behind_the_pull(tiny_release, monkeypatch):
+    order, resolve = [], loading.hub.resolve
+    monkeypatch.setattr(placing, "bound_on", lambda device, vram: order.append(f"vram {vram}"))
+    monkeypatch.setattr(loading.hub, "resolve", lambda *a, **how: order.append("pull") or resolve(*a, **how))
+    for vram in ("auto", 6):
+        Engine.from_pretrained(tiny_release, device="cpu", vram=vram).close()
+    assert order == ["pull", "vram auto", "vram 6", "pull"], "a wrong number is refused before anything is fetched"
+
+
+def test_the_longest_question_is_the_one_of_most_tokens(under, monkeypatch):
+    engine, asked = under(2**40), []
+    short, long = "\u6f22\u5b57\u6f22\u5b57", "Describe this image"
+    count = {text: len(engine.loaded.tokens.encode(text)) for text in (short, long)}
+    assert len(short) < len(long) and count[short] > count[long]
+    answers = engine.placing.answers
+    monkeypatch.setattr(
+        engine.placing, "answers", lambda side, text, limit: asked.append(text) or answers(side, text, limit)
+    )
+    engine.ask(photo(), [long, short], res=64, max_new_tokens=2)
+    assert asked == [short]
+
+
+def test_graphs_are_forgotten_before_weights_move(under, monkeypatch):
+    engine, seen = under(2**40), []
+    graphs, place = engine.loaded.model.graphs, engine.placing.mover.place
+    graphs._held["round", 1] = torch.ones(2)
+    monkeypatch.setattr(engine.placing.mover, "place", lambda found: seen.append(graphs.holds) or place(found))
+    engine.ask(photo(), "what?", res=64, max_new_tokens=2)
+    assert seen == [False]
 
 
 def nbytes(engine):
