@@ -5,10 +5,10 @@
 
 Needs no GPU: operators, and pictures of UniPic 1.0 at 1024x1024 in bf16 and in int8, run on the meta device, which
 notes what would be launched. Each distinct launch is compiled with the attributes that a user's launch would give it;
-what a tuned table of another card lists, for that card. Fails on spilled registers, on more shared memory than a block
-may have on the card, on int8 operands that no int8 tensor-core instruction multiplies, on whatever does not compile,
-and on a kernel or an entry of a table that no case leads to. A table, then one JSON line; exit status 1 when something
-fails, 2 where nothing can be compiled.
+where another card has a tuned table, all of them for that card too, as the table has them. Fails on spilled registers,
+on more shared memory than a block may have on the card, on int8 operands that no int8 tensor-core instruction
+multiplies, on whatever does not compile, and on a kernel or an entry of a table that no case leads to. A table, then
+one JSON line; exit status 1 when something fails, 2 where nothing can be compiled.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     started, whole = time.perf_counter(), not (options.only or options.file)
     with _tuned.asking() as questions:
         jobs = collect(options.only, options.file)
-    own = list(elsewhere(jobs, key_of, lambda: collect(None, None))) if whole else []
+    own = list(elsewhere(lambda: collect(None, None))) if whole else []
     print(f"{'kernel':<28} sm   registers  shared (limit)    spilled  products       configuration")
     rows = []
     for job, capability in compile_all(jobs, own, options.jobs):
@@ -175,7 +175,10 @@ def compile_all(jobs: Sequence[Job], own: list[tuple[Job, int]], processes: int)
             kernel = (job.configuration.module, job.configuration.kernel)
             largest[kernel] = max(largest.get(kernel, job), job, key=size)
         others = [capability for capability in SHARED_PER_BLOCK if capability != HOME]
-        yield from build_each(each, [(job, capability) for job in largest.values() for capability in others] + own)
+        once = {(key_of(job), capability): (job, capability) for job in largest.values() for capability in others}
+        for job, capability in own:
+            once.setdefault((key_of(job), capability), (job, capability))
+        yield from build_each(each, list(once.values()))
 
 
 @contextmanager

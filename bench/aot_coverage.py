@@ -45,11 +45,9 @@ def table_problems(questions: Sequence[Question]) -> Iterator[str]:
                     yield f"{path.name}, {kernel}, {key}: {error}"
 
 
-def elsewhere(jobs: Sequence[J], key: Callable[[J], str], collect: Callable[[], list[J]]) -> Iterator[tuple[J, int]]:
-    """What tables of other architectures make of the same launches, each for its own; `jobs` are those of HOME."""
-    known = {key(job) for job in jobs}
+def elsewhere(collect: Callable[[], list[J]]) -> Iterator[tuple[J, int]]:
+    """What tables of other architectures make of all launches, each for its own, also where HOME's make the same."""
     for capability, (_, table) in tables().items():
         if capability != HOME and any(table["kernels"].values()):
             with patch.object(_tuned, "HOME", capability):
-                found = collect()
-            yield from ((job, capability) for job in found if key(job) not in known)
+                yield from [(job, capability) for job in collect()]

@@ -169,10 +169,13 @@ class Meter(TorchDispatchMode):
 
     def _ours(self, operator: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         self._inside.append(0)
-        with recording() as launches, self:  # sees what the launcher allocates and copies
-            result = operator.triton(*args, **kwargs)
+        try:
+            with recording() as launches, self:  # sees what the launcher allocates and copies
+                result = operator.triton(*args, **kwargs)
+        finally:
+            seen = self._inside.pop()
         cost = operator.cost(*args, **kwargs)
-        count = len(launches) + max(self._inside.pop(), cost.launches)  # a library's are not seen on the meta device
+        count = len(launches) + max(seen, cost.launches)  # a library's are not seen on the meta device
         if self._inside:  # the operator around it has said what it costs
             self._inside[-1] += count
             return result

@@ -37,13 +37,14 @@ class Reader:
         Where memory runs out, the picture is read again in less of it, and the answer goes on behind what was given.
         """
         given: list[int] = []
-        self.clock.seconds.pop("answer", None)  # an answer's time is its own, the picture's is shared
+        self.clock.forget("answer")  # an answer's time is its own, the picture's is shared
         while True:
             try:
                 with out_of_memory("answering"):
                     for token in self._ids(request, cancel, tuple(given)):
                         given.append(token)
                         yield token
+                self.clock.say()
                 return
             except BudgetError:
                 self.cache = None
@@ -104,7 +105,7 @@ def answer_all(
                 text=reader.tokens.decode(ids),
                 ids=ids,
                 settings=settings,
-                timings=dict(clock.seconds),
+                timings=clock.seconds,
                 peak_bytes=memory_peak(clock.device),
                 attention=settings["attention"],
             )

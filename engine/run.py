@@ -21,41 +21,52 @@ from .request import CancelToken, Event
 from .schedules import Rounds, reveal_rounds
 from .task import Batch, Task
 
-LAST = ("decode", "answer")  # the stages behind which what was compiled is said
+LAST = "decode"  # the stage behind which what was compiled is said; an answer's reader says it at the end
 
 
 class Clock:
-    """Seconds per stage, summed over batches; waits for the device where a stage ends.
-
-    `compile` and `capture`, where they are, is what of these went into compiling kernels and capturing graphs.
-    """
+    """Seconds per stage of one request, summed over batches; waits for the device where a stage ends."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds, self._unsaid = device, {}, WarmUp(announce)
+        self.device, self._taken = device, {}
+        self._warm_up, self._compiled, self._waited = WarmUp(announce), 0, 0.0  # of the latter two, what was said
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """`compile` and `capture`, where they are, is what of the stages went into kernels and graphs."""
+        total: dict[str, float] = {}
+        for taken in self._taken.values():
+            for part, seconds in taken.items():
+                total[part] = total.get(part, 0.0) + seconds
+        return total
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        start, before = time.perf_counter(), replace(self._unsaid)
+        start, before = time.perf_counter(), replace(self._warm_up)
         try:
-            with warming_up(self._unsaid):
+            with warming_up(self._warm_up):
                 yield
         finally:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            self._add(name, time.perf_counter() - start)
+            taken = self._taken.setdefault(name, {})
+            taken[name] = taken.get(name, 0.0) + time.perf_counter() - start
             for part in ("compile", "capture"):
-                if seconds := getattr(self._unsaid, part) - getattr(before, part):
-                    self._add(part, seconds)
-        if name in LAST:
-            self._say()
+                if seconds := getattr(self._warm_up, part) - getattr(before, part):
+                    taken[part] = taken.get(part, 0.0) + seconds
+        if name == LAST:
+            self.say()
 
-    def _add(self, name: str, seconds: float) -> None:
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+    def forget(self, name: str) -> None:
+        """The seconds of a stage, and what of them went into kernels and graphs."""
+        self._taken.pop(name, None)
 
-    def _say(self) -> None:
-        done, self._unsaid = self._unsaid, WarmUp(announce)
-        if done.kernels:
-            what = f"compiled {done.kernels} kernel{'s' * (done.kernels > 1)} in {done.compile:.1f} s"
+    def say(self) -> None:
+        """What was compiled since this was last asked for."""
+        kernels, seconds = self._warm_up.kernels - self._compiled, self._warm_up.compile - self._waited
+        self._compiled, self._waited = self._warm_up.kernels, self._warm_up.compile
+        if kernels:
+            what = f"compiled {kernels} kernel{'s' * (kernels > 1)} in {seconds:.1f} s"
             warnings.warn(f"{what}: later runs find them on the disk", UnipicWarning, stacklevel=1)
 
 

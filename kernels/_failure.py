@@ -54,7 +54,7 @@ def of_the_device(error: BaseException) -> bool:
 
 def failure(error: BaseException) -> Failure:
     """What is wrong, of an error that is not the device's."""
-    text, kind = str(error).strip(), type(error).__name__
+    text = str(error).strip()
     if "C compiler" in text:
         return Failure("compiler", "no C compiler was found", f"install gcc, or name one in CC; {DOCTOR}")
     if isinstance(error, subprocess.CalledProcessError):  # its text names a temporary file, another one each time
@@ -68,4 +68,5 @@ def failure(error: BaseException) -> Failure:
         return Failure("driver", lines[0][:200], DOCTOR)
     if UNLOADABLE.search(text):
         return Failure("loading", lines[0][:200], "update the driver", everywhere=False)
-    return Failure(kind, f"{kind}: {lines[-1][:200]}", DOCTOR, everywhere=False)  # the source lies in between
+    reason = f"{type(error).__name__}: {lines[-1]}"[:200]  # the source lies in between
+    return Failure(reason, reason, DOCTOR, everywhere=False)

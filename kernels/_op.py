@@ -88,13 +88,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         recorded.append(Launch(kernel, grid, arguments, options))
     if any(isinstance(x, Tensor) and x.is_meta for x in arguments):
         return
-    try:
-        with launching():
+    with launching():
+        try:
             kernel[grid](*arguments, **options)
-    except Exception as error:
-        if _interpreted.get() or of_the_device(error):
-            raise
-        raise NotCompiled(f"{type(error).__name__}: {error}") from error
+        except Exception as error:
+            if _interpreted.get() or of_the_device(error):
+                raise
+            raise NotCompiled(f"{type(error).__name__}: {error}") from error
 
 
 @contextmanager

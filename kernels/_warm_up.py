@@ -11,9 +11,10 @@ from typing import Any
 
 @dataclass
 class WarmUp:
-    """Kernels that were compiled, not found on the disk, and seconds; `begun` hears of the first kernel."""
+    """Kernels that were compiled, not found on the disk, and seconds; `begun` hears once that some are."""
 
     begun: Callable[[], object] = int
+    said: bool = False
     kernels: int = 0
     compile: float = 0.0  # how long launches waited for kernels
     capture: float = 0.0
@@ -37,7 +38,10 @@ def warming_up(into: WarmUp) -> Iterator[None]:
 
 @contextmanager
 def launching() -> Iterator[None]:
-    """Around a launch: if it has to compile, all its time counts, also for C code and for loading what was made."""
+    """Around a launch: if it has to compile, all its time counts, also for C code and for loading what was made.
+
+    What `begun` raises, such as a warning that is an error, comes from behind the launch: no kernel has failed by it.
+    """
     counted = _counted.get()
     if counted is None:
         yield
@@ -48,6 +52,9 @@ def launching() -> Iterator[None]:
     finally:
         if counted.kernels > before:
             counted.compile += time.perf_counter() - start
+    if counted.kernels > before and not counted.said:
+        counted.said = True
+        counted.begun()
 
 
 def captured(seconds: float) -> None:
@@ -56,7 +63,10 @@ def captured(seconds: float) -> None:
 
 
 class _Listener:
-    """Called behind each compilation and each binary found on the disk; `other` is who listened before."""
+    """Called behind each compilation and each binary found on the disk; `other` is who listened before.
+
+    Only counts: Triton takes what is raised here for a failure of the kernel.
+    """
 
     other: Callable[..., Any] | None = None
     listening = False
@@ -69,8 +79,6 @@ class _Listener:
         counted = _counted.get()
         if counted is not None and not what.get("cache_hit"):
             counted.kernels += 1
-            if counted.kernels == 1:
-                counted.begun()
         if self.other:
             self.other(**what)
 

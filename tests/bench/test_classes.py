@@ -1,13 +1,14 @@
 """Time by class of operation beside its roof: the arithmetic with invented measurements, the way with a tiny model."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from unipic_run.bench import classes
 from unipic_run.bench.stopwatch import Stopwatch, written
 from unipic_run.engine.meter import Call
-from unipic_run.kernels._op import HAS_TRITON
+from unipic_run.kernels._op import HAS_TRITON, OPERATORS
 
 ROOF = {"bf16": 1e12, "int8": 2e12, "fp16": 1e12, "fp32": 5e11, "copy": 1e9}
 
@@ -110,6 +111,16 @@ def test_on_a_card_a_tiny_picture_is_judged(tiny_release, capsys, how):
     assert summary["passed"] == (not summary["short_of_their_roof"])
     assert all(row["seconds"] > 0 for row in summary["classes"])
     assert f"matmul {'int8' if how else 'bf16'}" in {row["class"] for row in summary["classes"]}
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_a_kernel_that_could_not_be_had_is_a_failure(tiny_release, capsys, monkeypatch):
+    monkeypatch.setattr(classes, "time_a_picture", lambda *how: SimpleNamespace(calls={}, seconds={}))
+    monkeypatch.setattr(OPERATORS["unipic::norm"], "broken", "no such thing")
+    model = ("--model", str(tiny_release), "--random-weights", "--device", "cpu", "--dtype", "fp32")
+    assert classes.main([*model, "--res", "64", "--iters", "2"]) == 1
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["broken"] == {"norm": "no such thing"} and not summary["passed"]
 
 
 def test_a_tiny_picture_goes_all_the_way(tiny_release, capsys, monkeypatch, tmp_path):

@@ -7,7 +7,10 @@ import pytest
 import torch
 from unipic_run.bench.random_model import any_tokens, architecture, fill
 from unipic_run.engine import families
+from unipic_run.engine.layers.attention import Attention
+from unipic_run.engine.loaded import Loaded
 from unipic_run.engine.noise import PhiloxNoise
+from unipic_run.engine.plan import META, dry_run, shapes
 from unipic_run.engine.run import plan_rounds
 from unipic_run.engine.task import Batch, Task
 from unipic_run.kernels._op import Launch, interpreted, recording
@@ -52,3 +55,22 @@ def test_the_interpreter_makes_torchs_picture_by_the_launches_of_the_meta_device
     assert counted(launched) == counted(planned)
     names = Counter(launch.kernel.__name__ for launch in launched)
     assert names["_ddpm_update_kernel"] == 2 * 6 and names["_prefix_attention_kernel"] == 2 * config.llm.layers
+
+
+def test_in_int8_whole_numbers_go_from_product_to_product(tiny_release) -> None:
+    family, config = families.model("unipic"), architecture(str(tiny_release))
+    config = replace(
+        config,
+        llm=replace(config.llm, mlp=384),
+        mar=replace(config.mar, width=160, heads=2, mlp=256),  # heads of 80, as in the released model
+        head=replace(config.head, condition=160, steps=6),
+    )
+    tokens = any_tokens(tiny_release / "Qwen2.5-1.5B-Instruct" / "tokenizer.json", family.IMAGE)
+    model = shapes(family, config, families.recipe("unipic", "int8"), torch.bfloat16, Attention("int8-qk"))
+    plan = dry_run(Loaded(family, model, tokens, META), replace(TASK, rows=6, columns=6), BATCH)
+    calls = [call for call in plan.calls if call.stage.startswith("sample")]
+    names = {call.name for call in calls}
+    assert {"int8_linear_to_heads", "keys_off", "int8_linear_to_groups", "int8_linear_of_groups"} <= names
+    assert "quantise_qkv" not in names, "no pass over queries and keys"
+    inside = [call for call in calls if call.name in ("quantise", "rotated") and call.shape[-1] in (256, 384)]
+    assert not inside, "nor over what is between the products of an MLP"

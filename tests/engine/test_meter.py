@@ -13,7 +13,7 @@ from unipic_run.engine.meter import Call, Meter
 from unipic_run.engine.noise import PhiloxNoise
 from unipic_run.engine.run import plan_rounds
 from unipic_run.engine.task import Batch, Task
-from unipic_run.kernels._op import interpreted
+from unipic_run.kernels._op import OPERATORS, NotCompiled, interpreted
 from unipic_run.kernels.attention import attention
 from unipic_run.kernels.norms import rms_norm
 
@@ -132,6 +132,18 @@ def test_our_operators_say_what_they_cost_and_count_what_they_launch():
     whole, half = meter.calls
     assert whole == Call("", "norm", "bf16", "norm", (4, 96, 64), *cost, 1)
     assert (half.flop, half.launches) == (cost[0] // 2, 2)
+
+
+def test_a_kernel_that_cannot_be_had_leaves_the_meter_counting(monkeypatch):
+    def fails(*arguments):
+        raise NotCompiled("no such thing")
+
+    monkeypatch.setattr(OPERATORS["unipic::norm"], "triton", fails)
+    with Meter() as meter:
+        with pytest.raises(NotCompiled):
+            rms_norm(meta(4, 64), meta(64), 1e-6)
+        meta(4) + 1
+    assert [call.name for call in meter.calls] == ["add"]
 
 
 def test_launches_of_a_library_inside_our_operators_count_once_on_every_device():

@@ -3,11 +3,14 @@
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
+from unipic_run.engine.errors import UnipicWarning
 from unipic_run.engine.graphs import Graphs
+from unipic_run.engine.reading import Reader
 from unipic_run.engine.run import Clock, Pacer
 from unipic_run.kernels import _warm_up
 from unipic_run.kernels._op import launch
@@ -98,6 +101,42 @@ def test_what_is_compiled_is_said_once_and_counted(heard: list[dict]) -> None:
     assert staged(clock, "sample", Kernel(found=True)) == staged(clock, "decode") == []
     assert clock.seconds["compile"] == before["compile"], "a second picture has nothing to compile"
     assert "compile" not in Clock(CPU).seconds
+
+
+def test_an_answer_says_it_once_and_how_long_it_took_at_its_end(heard: list[dict]) -> None:
+    clock, kernels = Clock(CPU), [Kernel() for _ in range(3)]
+
+    def ids(request: object, cancel: object, given: tuple[int, ...]) -> Iterator[int]:
+        for number, kernel in enumerate(kernels):
+            with clock.stage("answer"):
+                launch(kernel, (1,), torch.ones(1))
+            yield number
+
+    def answered() -> list[str]:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert list(Reader.answer(SimpleNamespace(clock=clock, _ids=ids), None, None)) == list(range(len(kernels)))
+        return [str(one.message) for one in said]
+
+    assert len(staged(clock, "condition", Kernel())) == 1
+    of_the_picture = clock.seconds["compile"]
+    (text,) = answered()
+    assert text.startswith("compiled 4 kernels in ")
+    assert clock.seconds["compile"] >= of_the_picture + 0.03
+    kernels[:] = [Kernel(found=True)]
+    assert answered() == []
+    assert clock.seconds["compile"] == of_the_picture, "the question before had to wait, not this one"
+    assert answered() == [] and set(clock.seconds) == {"condition", "compile", "answer"}
+
+
+def test_a_warning_that_is_an_error_is_no_fault_of_the_kernels(heard: list[dict]) -> None:
+    clock = Clock(CPU)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UnipicWarning, match="compiling"), clock.stage("sample"):
+            launch(Kernel(), (1,), torch.ones(1))
+        with clock.stage("sample"):
+            launch(Kernel(), (1,), torch.ones(1))
 
 
 @pytest.mark.parametrize("there", [None, SimpleNamespace(), SimpleNamespace(knobs=SimpleNamespace(compilation=None))])

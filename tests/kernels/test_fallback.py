@@ -88,6 +88,7 @@ def test_kernels_that_fail_alike_share_a_line_and_another_reason_has_its_own():
     other, fine = planted(ValueError("Cannot make_shape_compatible")), planted(None)
     lines = said(first, second, other)
     assert len(lines) == 2 and first.name in lines[0] and other.name in lines[1]
+    assert len(said(planted(RuntimeError("of one kind")), planted(RuntimeError("of another kind")))) == 2
     assert "CompilationError: no such thing" in lines[0] and "doctor" in lines[0]
     assert [x.kernel.launches for x in (first, second, other)] == [1, 1, 1]
     assert not fine.broken, "it has not failed"

@@ -136,17 +136,18 @@ def test_a_run_by_kernels_is_the_run() -> None:
     assert names.count("_gated_linear_kernel") == HEAD.steps
 
 
-@pytest.mark.parametrize("tokens", [3, 10, 201, 402, 802])  # the most of a picture at 1024x1024, of two and of four
-def test_at_most_thirty_launches_a_denoising_step(tokens: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [3, 10, 201, 402, 1005])  # the most of a picture at 1024x1024, of two and of five
+def test_at_most_thirty_launches_a_denoising_step(tokens: int, dtype: torch.dtype) -> None:
     config, steps = RELEASED.head, FEW
     how = {"device": "meta", "dtype": torch.int64}
     with torch.device("meta"):
-        head = DiffusionHead(config).bfloat16().requires_grad_(False)
+        head = DiffusionHead(config).to(dtype).requires_grad_(False)
     assert min(CHUNK, head.most_steps(2 * tokens)) >= steps
     table = ddpm_table(config.train_steps, config.steps, config.max_beta)
     drawn = Drawn(torch.empty(tokens, 2, **how), torch.empty(tokens, **how), Stream.HEAD_STEP)
     with torch.inference_mode():
-        z = torch.empty(2 * tokens, config.condition, device="meta", dtype=torch.bfloat16)
+        z = torch.empty(2 * tokens, config.condition, device="meta", dtype=dtype)
         start, coefficients = torch.empty(tokens, 16, device="meta"), step_table(table, *SCALES).to("meta")
         run = head.begin(z, start, drawn, coefficients, head.embed_steps(table))
         with Meter() as meter:

@@ -1,5 +1,6 @@
 """What surrounds a linear layer: bit for bit the plain formulas for floating layers, close to them for int8 ones."""
 
+import os
 from functools import partial
 
 import pytest
@@ -10,6 +11,8 @@ from unipic_run.engine.layers.attention import Attention
 from unipic_run.engine.layers.linear import Linear, linear_add, linear_each, norm_linear, norm_mlp
 from unipic_run.engine.layers.qwen2 import RMSNorm
 from unipic_run.engine.layers.vit_block import ViTBlock
+from unipic_run.engine.meter import Meter
+from unipic_run.kernels._op import HAS_TRITON, interpreted, recording
 from unipic_run.quant.recipe import Recipe
 from unipic_run.quant.swap import Change, swap
 
@@ -189,6 +192,9 @@ def test_an_mlp_hands_over_whole_numbers(act, rotated_inputs, rows):
     assert rows == 3 or error < error_by_rows
 
 
+WHOLE_HEADS = {"int8_linear_to_heads", "keys_off"}
+
+
 @pytest.mark.parametrize("rows", [8, 30])
 @pytest.mark.parametrize("picked", [None, 4, 20])
 @torch.inference_mode()
@@ -201,5 +207,29 @@ def test_a_block_whose_attention_is_in_int8(rows, picked):
     residual = x if only is None else x.gather(1, only[..., None].expand(-1, -1, 160))
     expected = block(x, only)
     for backend in ("sdpa", "int8-qk"):
-        y = exchanged(block, ViTBlock(*shape, Attention(backend)), recipe)(x, only)
-        assert (y - expected).norm() / (expected - residual).norm() < 0.03
+        quantised = exchanged(block, ViTBlock(*shape, Attention(backend)), recipe)
+        assert (quantised(x, only) - expected).norm() / (expected - residual).norm() < 0.03
+        with Meter() as meter:
+            quantised.to("meta")(x.to("meta"), only if only is None else only.to("meta"))
+        names, whole = {call.name for call in meter.calls}, backend == "int8-qk" and rows == 30
+        assert names & WHOLE_HEADS == (WHOLE_HEADS if whole else set()), "the fewest rows keep their values"
+        assert ("quantise_qkv" in names) == (backend == "int8-qk" and not whole)
+
+
+@pytest.mark.skipif(
+    not HAS_TRITON or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs triton and TRITON_INTERPRET=1, which conftest.py sets where there is no CUDA device",
+)
+@torch.inference_mode()
+def test_such_a_block_by_its_kernels():
+    block = filled(ViTBlock(160, 2, 256, Attention()))
+    quantised = exchanged(
+        block, ViTBlock(160, 2, 256, Attention("int8-qk")), Recipe("int8", ("qkv", "proj", "fc1", "fc2"))
+    )
+    x = torch.randn(1, 20, 160, generator=torch.Generator().manual_seed(1))
+    expected = quantised(x)
+    with interpreted(), recording() as launches:
+        found = quantised(x)
+    names = {launch.kernel.__name__ for launch in launches}
+    assert {f"_{name}_kernel" for name in ("keys_off", "to_heads", "to_groups", "of_groups")} <= names
+    assert (found - expected).norm() / (expected - x).norm() < 0.01

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from ....kernels.condition import condition
 from ....kernels.ddpm_step import DDPMStep, Drawn, ddpm_step, ddpm_update
 from ...graphs import Graphs
-from ...layers.linear import Linear, linear_add, linear_each, norm_linear
+from ...layers.linear import FUSED_ROWS, Linear, linear_add, linear_each, norm_linear
 from .config import HeadConfig
 
 NORM_EPS = 1e-6
 CHUNK = 10  # timesteps whose modulations are made at once, at most, where steps are launched or replayed
 CHUNK_BYTES = 2**28  # that these may take, anywhere
-# Fewer timesteps would be more than 30 launches a step, so a batch's many rows may take up to BATCH_BYTES for these:
-# less than what the language model needs for a round of as many pictures.
-FEW, BATCH_BYTES = 5, 2**30
+# Fewer timesteps would be more than 30 launches a step, so a batch takes room for these up to the FUSED_ROWS of five
+# pictures: less than what the language model needs for a round of as many, whatever the type.
+FEW = 5
 
 
 def timestep_features(timesteps: Tensor, width: int) -> Tensor:
@@ -116,10 +116,10 @@ class DiffusionHead(nn.Module):
         return self.final(h, next(modulations))
 
     def most_steps(self, rows: int) -> int:
-        """The most timesteps, at least one, whose modulations of so many rows fit CHUNK_BYTES, or FEW."""
+        """The most timesteps, at least one, whose modulations of so many rows fit CHUNK_BYTES; FEW up to FUSED_ROWS."""
         width, itemsize = self.config.width, self.input_proj.weight.element_size()
         step = max(1, rows * (3 * self.config.depth + 2) * width * itemsize)
-        return max(1, CHUNK_BYTES // step, FEW if FEW * step <= BATCH_BYTES else 0)
+        return max(1, CHUNK_BYTES // step, FEW if rows <= FUSED_ROWS else 0)
 
     def sample(
         self,
