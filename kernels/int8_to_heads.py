@@ -38,8 +38,8 @@ from .quantise_qkv import LARGEST
 HEAD_DIMS = range(64, 129)  # a quarter of a tile has columns of at most two heads
 WRITTEN = 20  # instructions that a value takes beyond those of kernels/int8_linear.py, as compiled for sm_89
 
-# Rows, columns, and K of one of a step's two products; warps, stages.
-TILES = ((128, 256, 64, 8, 3), (32, 256, 64, 8, 3), (16, 256, 64, 4, 3))
+# Rows, columns, and K of one of a step's two products; warps, stages. With more rows or warps sm_90 spills.
+TILES = ((64, 256, 64, 4, 3), (32, 256, 64, 8, 3), (16, 256, 64, 4, 3))
 
 
 def int8_linear_to_heads_ref(x, x_scale, weight, weight_scale, bias, heads, width, whole):
