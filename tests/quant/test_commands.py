@@ -36,7 +36,7 @@ def test_a_picture_repeats_with_the_weights_it_was_made_with(tiny_release, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("gen", "x", "-m", "none", "--quant", "int5"), "choose from none, int8, bnb8, nf4"),
+        (("gen", "x", "-m", "none", "--quant", "int5"), "choose from auto, none, int8, bnb8, nf4"),
         (("convert", "none", "small", "--quant", "bnb8"), "convert for none or int8"),
     ],
 )
