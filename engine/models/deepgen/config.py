@@ -8,8 +8,13 @@ from a file, and checks them against the tables below.
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ...checkpoint import fields
 from ...layers.qwen2 import Qwen2Config
-from ...layers.vae import VAEConfig
+from ...layers.vae import SD3VAEConfig
+from ...request import PATCH
+
+ALIGNED = 16  # an MLP's columns are a multiple of it, as the kernels of the tensor cores need
+VAE_LEVELS = 4  # each but the last halves the sides
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class VisionConfig:
     width: int
     depth: int
     heads: int
-    mlp: int
+    mlp: int  # a multiple of 16: padded with zeros, which stay zeros
     patch: int  # side in pixels
     temporal: int  # frames a patch; a picture fills them with copies
     merge: int  # side of the square of patches that becomes one token
@@ -36,7 +41,7 @@ class ConnectorConfig:
     width: int
     depth: int
     heads: int
-    mlp: int  # a multiple of 16: padded with zeros, which GELU keeps
+    mlp: int  # a multiple of 16: padded with zeros, which stay zeros
     queries: int
     taps: int  # hidden states side by side; 0: the last one, after the final norm, at the queries only
     pooled: int
@@ -66,7 +71,7 @@ class DeepGenConfig:
     vision: VisionConfig
     connector: ConnectorConfig
     dit: DiTConfig
-    vae: VAEConfig
+    vae: SD3VAEConfig
     vae_scale: float
     vae_shift: float
     shift: float  # of the flow-matching schedule
@@ -83,6 +88,84 @@ class DeepGenConfig:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "DeepGenConfig":
+        """Raises ValueError with the value and the rule that it breaks."""
+        return CHECKS.build(cls, data)
+
+
+PARTS = {
+    "llm": Qwen2Config,
+    "vision": VisionConfig,
+    "connector": ConnectorConfig,
+    "dit": DiTConfig,
+    "vae": SD3VAEConfig,
+}
+BOUNDS = fields.BOUNDS | {
+    "mrope": (1, 512),  # each of them
+    "vision.width": (1, 2**16),
+    "vision.depth": (1, 256),
+    "vision.heads": (1, 1024),
+    "vision.mlp": (1, 2**20),
+    "vision.patch": (1, 256),
+    "vision.temporal": (1, 16),
+    "vision.merge": (1, 16),
+    "vision.window": (1, 4096),
+    "vision.full": (0, 255),  # each of them
+    "vision.out": (1, 2**16),
+    "vision.eps": (1e-12, 1.0),
+    "connector.width": (1, 2**16),
+    "connector.depth": (1, 256),
+    "connector.heads": (1, 1024),
+    "connector.mlp": (1, 2**20),
+    "connector.queries": (1, 4096),
+    "connector.taps": (0, 64),
+    "connector.pooled": (1, 2**16),
+    "connector.text": (1, 2**16),
+    "connector.norm_eps": (1e-12, 1.0),
+    "dit.depth": (1, 256),
+    "dit.heads": (1, 1024),
+    "dit.head_dim": (2, 1024),
+    "dit.dual": (0, 256),
+    "dit.patch": (1, 16),
+    "dit.channels": (1, 1024),
+    "dit.text": (1, 2**16),
+    "dit.pooled": (1, 2**16),
+    "dit.table": (1, 1024),
+    "dit.frequencies": (2, 2**16),
+    "dit.mlp": (1, 2**20),
+    "vae.blocks": (1, 16),
+    "vae_shift": (-1e6, 1e6),
+    "shift": (1e-3, 1e3),
+    "pad_token": (0, 2**22),
+    "vision_start": (0, 2**22),
+    "vision_end": (0, 2**22),
+}
+RULES = (
+    *fields.RULES,
+    ("llm.head_dim", "twice the sum of", "mrope"),
+    ("vision.width", "a multiple of", "vision.heads x 4"),  # sine and cosine, of a row and of a column
+    ("vision.mlp", "a multiple of", ALIGNED),
+    ("vision.window", "a multiple of", "vision.patch x vision.merge"),
+    ("vision.full", "below", "vision.depth"),
+    ("vision.out", "equal to", "llm.width"),
+    ("connector.width", "a multiple of", "connector.heads"),
+    ("connector.mlp", "a multiple of", ALIGNED),
+    ("connector.taps", "at most", "llm.layers"),
+    ("connector.pooled", "equal to", "dit.pooled"),
+    ("connector.text", "equal to", "dit.text"),
+    ("dit.dual", "at most", "dit.depth"),
+    ("dit.patch", "equal to", PATCH >> (VAE_LEVELS - 1)),
+    ("dit.channels", "equal to", "vae.latent"),
+    ("dit.frequencies", "a multiple of", 2),
+    ("pad_token", "below", "llm.vocab"),
+    ("vision_start", "below", "llm.vocab"),
+    ("vision_end", "below", "llm.vocab"),
+)
+CHECKS = fields.Checks(
+    PARTS, BOUNDS, RULES, lists={"mrope": (3, 3), "vision.full": (0, 256), "vae.multipliers": (VAE_LEVELS, VAE_LEVELS)}
+)
+
 
 # The sizes of the released DeepGen 1.0.
 RELEASED = DeepGenConfig(
@@ -92,7 +175,7 @@ RELEASED = DeepGenConfig(
         width=1280,
         depth=32,
         heads=16,
-        mlp=3420,
+        mlp=3424,
         patch=14,
         temporal=2,
         merge=2,
@@ -117,7 +200,7 @@ RELEASED = DeepGenConfig(
         frequencies=256,
         mlp=6144,
     ),
-    vae=VAEConfig(128, (1, 2, 4, 4), latent=16, groups=32),
+    vae=SD3VAEConfig(128, (1, 2, 4, 4), latent=16, groups=32, blocks=2),
     vae_scale=1.5305,
     vae_shift=0.0609,
     shift=3.0,

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from ...errors import CorruptWeightsError
 from . import keys
-from .config import VAE_LEVELS, UniPicConfig, number
+from .config import CHECKS, VAE_LEVELS, UniPicConfig
 
 SIZES = "tiny_config.json"
 RELEASED = {"mar_heads": 16, "buffer": 64, "steps": 100, "vae_scale": 0.2325, "img_size": 1024}
@@ -53,12 +53,12 @@ def read_config(folder: Path, llm_folder: Path, shape: Shapes, image_token: int,
 
 def read_layers(llm_folder: Path) -> int:
     """How many layers the language model has. Raises ValueError."""
-    return number("llm.layers", read_json(llm_folder / "config.json").get("num_hidden_layers"))
+    return CHECKS.number("llm.layers", read_json(llm_folder / "config.json").get("num_hidden_layers"))
 
 
 def _llm(qwen: dict[str, Any], shape: Shapes) -> dict[str, Any]:
     vocab, width = shape["llm.model.embed_tokens.weight"]
-    heads = number("llm.heads", qwen.get("num_attention_heads"))
+    heads = CHECKS.number("llm.heads", qwen.get("num_attention_heads"))
     return {
         "vocab": vocab,
         "width": width,
