@@ -155,7 +155,7 @@ class _Filling:
             self.tensors[name] = bnb.packed(packs[name], self.tensors[name], self.devices[1])
 
     def stored(self, name: str) -> Tensor:
-        tensor, wanted = self.shards.read(name), self.types[name]
+        tensor, wanted = self.shards.read(self.shards.records[name]), self.types[name]
         floating = self.change.changes(name) or wanted.is_floating_point
         if not (tensor.is_floating_point() if floating else tensor.dtype == wanted):
             what = f"{self.shards.where(name)} is {tensor.dtype}, which is no {'floating type' if floating else wanted}"

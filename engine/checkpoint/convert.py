@@ -24,6 +24,7 @@ from . import manifest
 from .config_file import write_config_file
 from .differences import SHOWN
 from .manifest import Progress
+from .safe_files import TYPES
 from .shards import INT8
 
 SHARD = 2 * 10**9  # bytes
@@ -32,7 +33,7 @@ FINITE_CHUNK = 2**22  # elements looked at at once
 
 Check = Callable[[Path], dict[str, Any]]  # a folder's manifest, or an error: manifest.check or manifest.verify
 
-_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8"}
+_NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -218,10 +219,10 @@ class _Writer:
 
     def parts(self, name: str) -> Iterator[torch.Tensor]:
         """A stored tensor's parts, flat and finite, in its type: a fused part may be of a narrower one."""
-        for checkpoint, record in self.stored[name].parts:
-            values = checkpoint.read(record).reshape(-1).to(self.stored[name].dtype)
+        for part in self.stored[name].parts:
+            values = part.read().reshape(-1).to(self.stored[name].dtype)
             if not all(torch.isfinite(chunk).all() for chunk in values.split(FINITE_CHUNK)):
-                what = f"tensor {record.name} ({name}) holds NaN or Inf"
+                what = f"tensor {part.name} ({name}) holds NaN or Inf"
                 raise CorruptWeightsError(what, "download the checkpoint again")
             yield values
 

@@ -13,7 +13,7 @@ from ...layers.qwen2 import Qwen2Config
 from ...layers.vae import SD3VAEConfig
 from ...request import PATCH
 
-ALIGNED = 16  # an MLP's columns are a multiple of it, as the kernels of the tensor cores need
+ALIGNED = 16  # an MLP's columns are a multiple of it, or rows of a weight would not be aligned in memory
 VAE_LEVELS = 4  # each but the last halves the sides
 
 
@@ -24,7 +24,7 @@ class VisionConfig:
     width: int
     depth: int
     heads: int
-    mlp: int  # a multiple of 16: padded with zeros, which stay zeros
+    mlp: int  # padded with zeros, which stay zeros: 3420 of the released model
     patch: int  # side in pixels
     temporal: int  # frames a patch; a picture fills them with copies
     merge: int  # side of the square of patches that becomes one token
@@ -41,7 +41,7 @@ class ConnectorConfig:
     width: int
     depth: int
     heads: int
-    mlp: int  # a multiple of 16: padded with zeros, which stay zeros
+    mlp: int  # padded with zeros, which stay zeros: 11946 of the released model
     queries: int
     taps: int  # hidden states side by side; 0: the last one, after the final norm, at the queries only
     pooled: int
@@ -146,6 +146,9 @@ RULES = (
     ("llm.head_dim", "twice the sum of", "mrope"),
     ("vision.width", "a multiple of", "vision.heads x 4"),  # sine and cosine, of a row and of a column
     ("vision.mlp", "a multiple of", ALIGNED),
+    ("vision.patch", "equal to", 14),
+    ("vision.temporal", "equal to", 2),
+    ("vision.merge", "equal to", 2),
     ("vision.window", "a multiple of", "vision.patch x vision.merge"),
     ("vision.full", "below", "vision.depth"),
     ("vision.out", "equal to", "llm.width"),
@@ -175,7 +178,7 @@ RELEASED = DeepGenConfig(
         width=1280,
         depth=32,
         heads=16,
-        mlp=3424,
+        mlp=3456,
         patch=14,
         temporal=2,
         merge=2,
@@ -185,7 +188,7 @@ RELEASED = DeepGenConfig(
         eps=1e-6,
     ),
     connector=ConnectorConfig(
-        width=2048, depth=6, heads=32, mlp=11952, queries=128, taps=6, pooled=2048, text=4096, norm_eps=1e-6
+        width=2048, depth=6, heads=32, mlp=12032, queries=128, taps=6, pooled=2048, text=4096, norm_eps=1e-6
     ),
     dit=DiTConfig(
         depth=24,

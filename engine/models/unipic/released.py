@@ -1,14 +1,13 @@
 """The released UniPic 1.0 folder, read as it is: configuration, tokenizer, and tensors under our names."""
 
-import functools
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ...checkpoint.differences import refuse, refuse_differences
-from ...checkpoint.pickle_reader import TensorRecord, TorchCheckpoint
+from ...checkpoint.parts import Stored, joined
+from ...checkpoint.pickle_reader import TorchCheckpoint
 from ...errors import CorruptWeightsError, ModelMissingError
 from . import keys
 from .config import UniPicConfig
@@ -17,16 +16,7 @@ from .released_config import SIZES, VAE_WIDTHS, read_config, read_layers, read_t
 WEIGHTS, VAE_WEIGHTS = "pytorch_model.bin", "kl16.ckpt"
 _VAE_SIZES = ("vae.encoder.conv_in.weight", "vae.post_quant_conv.weight", *VAE_WIDTHS)  # they tell the VAE's sizes
 _AGAIN = "download the checkpoint again"
-Records = dict[str, tuple[TorchCheckpoint, TensorRecord]]  # released name -> where it is
-
-
-@dataclass(frozen=True)
-class ReleasedTensor:
-    """One of our tensors: its parts in the released files, joined along dimension 0, in the widest of their types."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    parts: tuple[tuple[TorchCheckpoint, TensorRecord], ...]
+Records = dict[str, Stored]  # by released name
 
 
 class Released:
@@ -44,7 +34,7 @@ class Released:
             self.tokenizer, image_token, eos_token = read_tokenizer(llm_folder / "tokenizer.json")
             try:
                 parts = _parts(records, read_layers(llm_folder))
-                shapes = {name: record.shape for name, (_, record) in records.items()}
+                shapes = {name: record.shape for name, record in records.items()}
                 self.config = read_config(self.folder, llm_folder, shapes, image_token, eos_token)
                 expected = _expected(self.config)
             except ValueError as error:
@@ -54,7 +44,7 @@ class Released:
             parts = {ours: names for ours, names in parts.items() if ours in expected or not ours.startswith("vae_")}
             used = {name for names in parts.values() for name in names}
             self.ignored = [name for name in records if name not in used]
-            self.tensors = {ours: _joined(ours, [records[name] for name in names]) for ours, names in parts.items()}
+            self.tensors = {ours: joined(ours, [records[name] for name in names]) for ours, names in parts.items()}
             refuse_differences(expected, {name: t.shape for name, t in self.tensors.items()}, str(folder))
             self._stack = stack.pop_all()
 
@@ -112,10 +102,10 @@ def _records(folder: Path, stack: ExitStack) -> Records:
     records: Records = {}
     if (folder / VAE_WEIGHTS).is_file():
         vae = stack.enter_context(TorchCheckpoint(folder / VAE_WEIGHTS))
-        records = {f"vae.{name}": (vae, record) for name, record in vae.records.items()}
+        records = {f"vae.{name}": Stored(vae, record) for name, record in vae.records.items()}
     elif not any(name.startswith("vae.") for name in main.records):
         raise ModelMissingError(f"{folder} holds no {VAE_WEIGHTS}", _AGAIN)
-    records |= {name: (main, record) for name, record in main.records.items()}
+    records |= {name: Stored(main, record) for name, record in main.records.items()}
     return {name: found for name, found in records.items() if not keys.is_ignored(name)}
 
 
@@ -139,15 +129,6 @@ def _parts(records: Records, llm_layers: int) -> dict[str, tuple[str, ...]]:
         unexpected=[name for name in records if name in denied - used],
     )
     return rows
-
-
-def _joined(name: str, parts: list[tuple[TorchCheckpoint, TensorRecord]]) -> ReleasedTensor:
-    first = parts[0][1]
-    alike = all(r.shape[1:] == first.shape[1:] and r.dtype.is_floating_point for _, r in parts)
-    if not alike or not all(r.shape for _, r in parts):
-        raise CorruptWeightsError(f"the parts of {name} differ in shape, or are not floating", _AGAIN)
-    shape = (sum(r.shape[0] for _, r in parts), *first.shape[1:]) if len(parts) > 1 else first.shape
-    return ReleasedTensor(functools.reduce(torch.promote_types, (r.dtype for _, r in parts)), shape, tuple(parts))
 
 
 def _expected(config: UniPicConfig) -> dict[str, tuple[int, ...]]:

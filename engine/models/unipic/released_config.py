@@ -4,13 +4,13 @@ Sizes come from tensor shapes and from the language model's config.json. What sh
 a `tiny_config.json` beside the weights. (Released configuration of arXiv 2508.03320.)
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from ...checkpoint.json_files import read_json, read_text
 from ...errors import CorruptWeightsError
 from . import keys
 from .config import CHECKS, VAE_LEVELS, UniPicConfig
@@ -19,7 +19,6 @@ SIZES = "tiny_config.json"
 RELEASED = {"mar_heads": 16, "buffer": 64, "steps": 100, "vae_scale": 0.2325, "img_size": 1024}
 VAE_GROUPS = 32
 VAE_WIDTHS = [f"vae.encoder.down.{level}.block.0.conv1.weight" for level in range(VAE_LEVELS)]
-MAX_JSON = 64 * 2**20
 _AGAIN = "download the checkpoint again"
 Shapes = dict[str, tuple[int, ...]]
 
@@ -115,7 +114,7 @@ def _vae(shape: Shapes) -> dict[str, Any]:
 def read_tokenizer(path: Path) -> tuple[str, int, int]:
     """(tokenizer JSON with `<image>` added, id of `<image>`: the first free one, id of `<|im_end|>`)."""
     try:
-        tokenizer = Tokenizer.from_str(_text(path))
+        tokenizer = Tokenizer.from_str(read_text(path))
         tokenizer.add_special_tokens(["<image>"])
         image, eos = tokenizer.token_to_id("<image>"), tokenizer.token_to_id("<|im_end|>")
     except CorruptWeightsError:
@@ -125,23 +124,3 @@ def read_tokenizer(path: Path) -> tuple[str, int, int]:
     if image is None or eos is None:
         raise CorruptWeightsError(f"{path} knows no <|im_end|>", _AGAIN)
     return tokenizer.to_str(), image, eos
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of bounded size. Raises CorruptWeightsError."""
-    try:
-        data = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise CorruptWeightsError(f"{path} is not JSON ({error})", _AGAIN) from None
-    if not isinstance(data, dict):
-        raise CorruptWeightsError(f"{path} is not a JSON object", _AGAIN)
-    return data
-
-
-def _text(path: Path) -> str:
-    if path.stat().st_size > MAX_JSON:
-        raise CorruptWeightsError(f"{path} has {path.stat().st_size} bytes, more than {MAX_JSON}", _AGAIN)
-    try:
-        return path.read_text(encoding="utf-8")
-    except ValueError:
-        raise CorruptWeightsError(f"{path} is not UTF-8 text", _AGAIN) from None
