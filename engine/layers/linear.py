@@ -81,12 +81,24 @@ def linear_add(x: Tensor, layer: nn.Module, residual: Tensor, gate: Tensor | Non
     return residual + layer(x) if gate is None else gated_add(residual, gate, layer(x))
 
 
-def norm_mlp(x: Tensor, norm: nn.Module, wide: nn.Module, narrow: nn.Module, act: str) -> Tensor:
-    """x + narrow(act(wide(norm(x)))), x (..., D); norm and act as for `norm_linear`."""
+def norm_mlp(
+    x: Tensor,
+    norm: nn.Module,
+    wide: nn.Module,
+    narrow: nn.Module,
+    act: str,
+    modulation: Modulation | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """x + gate * narrow(act(wide(norm(x) (1 + scale) + shift))), x (..., D).
+
+    norm, act and modulation as for `norm_linear`, gate (M, D) as for `linear_add`.
+    """
     if _hands_over(wide, narrow) and not wide.few(x):
-        between = int8_linear_to_groups(*norm_int8(*norm_arguments(x, norm)), *wide.part(ALL), act, narrow.group)
-        return int8_linear_of_groups(*between, *narrow.part(ALL), residual=x, dtype=x.dtype)
-    return linear_add(norm_linear(x, norm, wide, act=act), narrow, residual=x)
+        whole = norm_int8(*norm_arguments(x, norm, modulation))
+        between = int8_linear_to_groups(*whole, *wide.part(ALL), act, narrow.group)
+        return int8_linear_of_groups(*between, *narrow.part(ALL), residual=x, gate=gate, dtype=x.dtype)
+    return linear_add(norm_linear(x, norm, wide, modulation, act), narrow, residual=x, gate=gate)
 
 
 def linear_each(x: Tensor, layers: Iterable[nn.Module]) -> Iterator[Tensor]:

@@ -173,20 +173,26 @@ def exchanged(float_one: nn.Module, same: nn.Module, recipe: Recipe) -> nn.Modul
     return same
 
 
-@pytest.mark.parametrize("act", ["gelu", "swiglu"])
+@pytest.mark.parametrize(("act", "gated"), [("gelu", False), ("swiglu", False), ("gelu_tanh", True)])
 @pytest.mark.parametrize("rotated_inputs", [(), ("narrow",)])
 @pytest.mark.parametrize("rows", [3, 40])
 @torch.inference_mode()
-def test_an_mlp_hands_over_whole_numbers(act, rotated_inputs, rows):
+def test_an_mlp_hands_over_whole_numbers(act, gated, rotated_inputs, rows):
     mlp = filled(MLP(act))
     recipe = Recipe("int8", ("wide", "narrow"), rotated_inputs=rotated_inputs)
     quantised = exchanged(mlp, MLP(act), recipe)
     assert quantised.narrow.group == (128 if rotated_inputs else 1)
-    x = torch.randn(2, rows, 64, generator=torch.Generator().manual_seed(1))
-    expected = x + mlp.narrow(ACTS[act](mlp.wide(mlp.norm(x))))
-    assert torch.equal(norm_mlp(x, mlp.norm, mlp.wide, mlp.narrow, act), expected)
-    y = norm_mlp(x, quantised.norm, quantised.wide, quantised.narrow, act)
-    by_rows = linear_add(norm_linear(x, quantised.norm, quantised.wide, act=act), quantised.narrow, residual=x)
+    noise = torch.Generator().manual_seed(1)
+    x = torch.randn(2, rows, 64, generator=noise)
+    shift, scale, gate = torch.randn(2, 3 * 64, generator=noise).chunk(3, -1)  # for a picture each
+    modulation, gate = ((shift, scale), gate) if gated else (None, None)
+    normed = mlp.norm(x) * (1 + scale[:, None]) + shift[:, None] if gated else mlp.norm(x)
+    made = mlp.narrow(ACTS[act](mlp.wide(normed)))
+    expected = x + (gate[:, None] * made if gated else made)
+    assert torch.equal(norm_mlp(x, mlp.norm, mlp.wide, mlp.narrow, act, modulation, gate), expected)
+    y = norm_mlp(x, quantised.norm, quantised.wide, quantised.narrow, act, modulation, gate)
+    by_rows = norm_linear(x, quantised.norm, quantised.wide, modulation, act)
+    by_rows = linear_add(by_rows, quantised.narrow, x, gate)
     error, error_by_rows = ((one - expected).norm() / (expected - x).norm() for one in (y, by_rows))
     assert error < 0.025 and torch.equal(y, by_rows) == (rows == 3)
     assert rows == 3 or error < error_by_rows
