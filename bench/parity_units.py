@@ -15,8 +15,8 @@ from unipic_run.bench.parity_stream import Stream
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.layers.attention import Attention
 from unipic_run.engine.layers.qwen2 import Qwen2, Qwen2Config, inverse_frequencies
+from unipic_run.engine.layers.timesteps import timestep_features
 from unipic_run.engine.models.unipic import model as unipic
-from unipic_run.engine.models.unipic.head import timestep_features
 from unipic_run.engine.picture import center_crop, open_image, pad_square, to_pixels
 from unipic_run.engine.schedules import cosine_betas, ddpm_table, reveal_counts
 from unipic_run.kernels.ddpm_step import ddpm_step

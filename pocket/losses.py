@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..engine.models.unipic.head import DiffusionHead, timestep_features
+from ..engine.layers.timesteps import timestep_features
+from ..engine.models.unipic.head import DiffusionHead
 from ..engine.models.unipic.mar import all_visible, buffers_first, buffers_last
 from ..engine.models.unipic.model import UniPic
 from ..engine.models.unipic.prompts import IMAGE, turn

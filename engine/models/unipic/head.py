@@ -3,7 +3,6 @@
 Letters: N tokens, C latent channels, W head width. With guidance the conditions come as [cond N | uncond N].
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from ....kernels.condition import condition
 from ....kernels.ddpm_step import DDPMStep, Drawn, ddpm_step, ddpm_update
 from ...graphs import Graphs
 from ...layers.linear import FUSED_ROWS, Linear, linear_add, linear_each, norm_linear
+from ...layers.timesteps import timestep_features
 from .config import HeadConfig
 
 NORM_EPS = 1e-6
@@ -23,14 +23,6 @@ CHUNK_BYTES = 2**28  # that these may take, anywhere
 # Fewer timesteps would be more than 30 launches a step, so a batch takes room for these up to the FUSED_ROWS of five
 # pictures: less than what the language model needs for a round of as many, whatever the type.
 FEW = 5
-
-
-def timestep_features(timesteps: Tensor, width: int) -> Tensor:
-    """Sinusoid of original-step indices (T): (T, width) float32, cosines first."""
-    half = width // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=timesteps.device).float() / half)
-    angle = timesteps.float()[:, None] * frequencies
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 class HeadBlock(nn.Module):
