@@ -1,10 +1,13 @@
 """Convolutional KL autoencoder (arXiv 2112.10752): stride 2 per level but the last, mean latents.
 
-Letters: B images, C channels, h w the map's height and width. Attention sits at the encoder's last level and in both
-middles.
+Two forms, by the type of the configuration. MAR's has attention at the encoder's last level and in both middles, and
+1x1 convolutions on the latents' side; Stable Diffusion 3's (arXiv 2403.03206) has attention in the middles only.
+
+Letters: B images, C channels, h w the map's height and width, s the stride, 2 for each level but the last.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,11 +16,12 @@ from ...kernels.attention import attention
 from .linear import Conv2d
 
 NORM_EPS = 1e-6
-BLOCKS = 2  # residual blocks a level in the encoder; the decoder has one more
 
 
 @dataclass(frozen=True)
-class VAEConfig:
+class VAESizes:
+    """What both forms have; each of them says how many residual `blocks` a level of the encoder has, and `plain`."""
+
     base: int
     multipliers: tuple[int, ...]  # channels of level l are base * multipliers[l]
     latent: int
@@ -28,8 +32,29 @@ class VAEConfig:
         return tuple(self.base * m for m in self.multipliers)
 
 
+@dataclass(frozen=True)
+class VAEConfig(VAESizes):
+    """MAR's form."""
+
+    blocks: ClassVar[int] = 2
+    plain: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class SD3VAEConfig(VAESizes):
+    """Stable Diffusion 3's form."""
+
+    blocks: int
+    plain: ClassVar[bool] = True
+
+
 def group_norm(groups: int, channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=NORM_EPS)
+
+
+def mixer(channels: int, config: VAESizes) -> nn.Module:
+    """What stands between the latents and a network."""
+    return nn.Identity() if config.plain else Conv2d(channels, channels, 1)
 
 
 class ResBlock(nn.Module):
@@ -118,7 +143,7 @@ class Middle(nn.Module):
 
 
 class VAEEncoder(nn.Module):
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(self, config: VAESizes) -> None:
         super().__init__()
         widths, last = config.widths, len(config.widths) - 1
         self.conv_in = Conv2d(3, config.base, 3, padding=1)
@@ -127,8 +152,8 @@ class VAEEncoder(nn.Module):
                 widths[level - 1] if level else config.base,
                 width,
                 config.groups,
-                BLOCKS,
-                attended=level == last,
+                config.blocks,
+                attended=level == last and not config.plain,
                 resize=("downsample", Downsample(width)) if level < last else None,
             )
             for level, width in enumerate(widths)
@@ -136,10 +161,10 @@ class VAEEncoder(nn.Module):
         self.mid = Middle(widths[-1], config.groups)
         self.norm_out = group_norm(config.groups, widths[-1])
         self.conv_out = Conv2d(widths[-1], 2 * config.latent, 3, padding=1)
-        self.quant_conv = Conv2d(2 * config.latent, 2 * config.latent, 1)
+        self.quant_conv = mixer(2 * config.latent, config)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, 16 m, 16 w) in [-1, 1] to the posterior [mean | log variance], (B, 2 latent, m, w)."""
+        """pixels (B, 3, s h, s w) in [-1, 1] to the posterior [mean | log variance], (B, 2 latent, h, w)."""
         x = self.conv_in(pixels)
         for level in self.down:
             x = level(x)
@@ -147,10 +172,10 @@ class VAEEncoder(nn.Module):
 
 
 class VAEDecoder(nn.Module):
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(self, config: VAESizes) -> None:
         super().__init__()
         widths, last = config.widths, len(config.widths) - 1
-        self.post_quant_conv = Conv2d(config.latent, config.latent, 1)
+        self.post_quant_conv = mixer(config.latent, config)
         self.conv_in = Conv2d(config.latent, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], config.groups)
         self.up = nn.ModuleList(
@@ -158,7 +183,7 @@ class VAEDecoder(nn.Module):
                 widths[min(level + 1, last)],
                 width,
                 config.groups,
-                BLOCKS + 1,
+                config.blocks + 1,
                 attended=False,
                 resize=("upsample", Upsample(width)) if level else None,
             )
@@ -168,7 +193,7 @@ class VAEDecoder(nn.Module):
         self.conv_out = Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """latents (B, latent, m, w) to pixels (B, 3, 16 m, 16 w), about [-1, 1]."""
+        """latents (B, latent, h, w) to pixels (B, 3, s h, s w), about [-1, 1]."""
         x = self.mid(self.conv_in(self.post_quant_conv(latents)))
         for level in reversed(self.up):
             x = level(x)

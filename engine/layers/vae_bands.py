@@ -28,7 +28,7 @@ Bands = Iterable[Tensor]  # (B, C, rows, w) from top to bottom, made one at a ti
 
 
 def decode_in_bands(decoder: VAEDecoder, latents: Tensor, band_bytes: int = BAND_BYTES) -> Tensor:
-    """decoder(latents): (B, latent, m, w) to pixels (B, 3, 16 m, 16 w), about [-1, 1].
+    """decoder(latents): (B, latent, h, w) to pixels (B, 3, s h, s w) with the stride s, about [-1, 1].
 
     band_bytes: the size of a band, of which about three live beside the last level's map and the one before it.
     """
