@@ -1,4 +1,6 @@
-"""Schedules as pure functions: what is revealed when (`Rounds`), and the diffusion head's respaced noise table."""
+"""Schedules as pure functions: what is revealed when (`Rounds`), the diffusion head's respaced noise table, and the
+noise levels of a flow-matching model with its step from one to the next.
+"""
 
 import math
 from dataclasses import dataclass
@@ -8,6 +10,8 @@ from torch import Tensor
 
 from ..kernels.ddpm_step import DDPMStep
 from ..kernels.mar_tokens import inverse_index
+
+FLOW_STEPS = 1000  # a flow-matching model was trained on that many noise levels, and sees t = 1000 sigma
 
 
 def reveal_counts(masked: int, steps: int) -> list[tuple[int, int]]:
@@ -46,6 +50,9 @@ class Rounds:
     rows: int
     columns: int
     rounds: tuple[Round, ...]
+
+    def __len__(self) -> int:
+        return len(self.rounds)
 
     @property
     def tokens(self) -> int:
@@ -115,3 +122,21 @@ def ddpm_table(train_steps: int, steps: int, max_beta: float) -> list[DDPMStep]:
     if steps > 1:  # the first entry has no variance of its own and takes the second's
         table[0] = table[0]._replace(log_beta_tilde=table[1].log_beta_tilde)
     return table
+
+
+def flow_match_sigmas(steps: int, shift: float) -> Tensor:
+    """Noise levels (steps + 1) float32 from 1 to 0 (rectified flow, arXiv 2403.03206).
+
+    Levels evenly spaced between 1 and the lowest one of training, which is shifted, are shifted again; 0 comes last.
+    """
+
+    def shifted(sigma: Tensor | float) -> Tensor | float:
+        return shift * sigma / (1 + (shift - 1) * sigma)
+
+    even = torch.linspace(1, shifted(1 / FLOW_STEPS), steps, dtype=torch.float64)
+    return torch.cat([shifted(even), even.new_zeros(1)]).float()
+
+
+def euler_step(x: Tensor, velocity: Tensor, step: Tensor | float) -> Tensor:
+    """x + step * velocity, computed in float32 and rounded to x's dtype; step = next sigma - sigma."""
+    return (x.float() + step * velocity.float()).to(x.dtype)

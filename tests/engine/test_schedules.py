@@ -1,12 +1,24 @@
-"""The reveal plan covers every token once; counts and noise tables agree with the recorded ones."""
+"""The reveal plan covers every token once; counts, noise tables and noise levels agree with the recorded ones."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from unipic_run.engine.schedules import cosine_betas, ddpm_table, guidance_at, reveal_counts, reveal_rounds
+from unipic_run.engine.schedules import (
+    cosine_betas,
+    ddpm_table,
+    euler_step,
+    flow_match_sigmas,
+    guidance_at,
+    reveal_counts,
+    reveal_rounds,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+DEEPGEN = Path(os.environ.get("UNIPIC_RUN_GOLDENS", ROOT.parent / "shared" / "goldens")) / "deepgen"
 
 
 def test_counts_equal_the_recorded_schedules(goldens: Path) -> None:
@@ -72,3 +84,42 @@ def test_noise_table_equals_the_recorded_constants(goldens: Path) -> None:
 def test_one_step_table_is_finite() -> None:
     (step,) = ddpm_table(1000, 1, 0.2)
     assert step.timestep == 0 and step.sqrt_recip > 0
+
+
+@pytest.fixture(scope="module")
+def levels() -> dict[str, torch.Tensor]:
+    if not DEEPGEN.exists():
+        pytest.skip(f"needs the recorded runs in {DEEPGEN}")
+    return load_file(DEEPGEN / "unit" / "unit.safetensors")
+
+
+@pytest.mark.parametrize("steps", [50, 28, 20, 8, 4])
+def test_noise_levels_equal_the_recorded_ones(steps: int, levels: dict[str, torch.Tensor]) -> None:
+    sigmas = flow_match_sigmas(steps, 3.0)
+    torch.testing.assert_close(sigmas, levels[f"sched.sigmas_{steps}"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(1000 * sigmas[:-1], levels[f"sched.timesteps_{steps}"], rtol=1e-6, atol=0)
+
+
+def test_noise_levels_fall_from_one_to_zero() -> None:
+    assert flow_match_sigmas(1, 3.0).tolist() == [1.0, 0.0]
+    assert flow_match_sigmas(2, 1.0).tolist() == [1.0, pytest.approx(0.001), 0.0]
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
+    theirs.set_timesteps(13)
+    torch.testing.assert_close(flow_match_sigmas(13, 5.0), theirs.sigmas, rtol=1e-6, atol=0)
+
+
+def test_an_euler_step_is_the_recorded_one(levels: dict[str, torch.Tensor]) -> None:
+    """Which goes from the first of four levels to the second."""
+    sigmas, (x, velocity) = (
+        levels["sched.sigmas_4"],
+        (levels[f"sched.step_{name}"] for name in ("sample", "model_output")),
+    )
+    torch.testing.assert_close(
+        euler_step(x, velocity, sigmas[1] - sigmas[0]), levels["sched.step_out"], rtol=1e-6, atol=1e-6
+    )
+
+
+def test_an_euler_step_is_rounded_once() -> None:
+    x, velocity, step = torch.tensor([1.0]).bfloat16(), torch.tensor([1.0]).bfloat16(), -(2**-9) - 2**-12
+    assert euler_step(x, velocity, step).item() == torch.tensor(1 + step).bfloat16().item() < 1.0
