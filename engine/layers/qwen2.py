@@ -1,9 +1,11 @@
-"""Qwen2 decoder (arXiv 2407.10671) with a prompt cache.
+"""Qwen2 decoder (arXiv 2407.10671) with a prompt cache, or without one, layer by layer.
 
-Letters: R rows, L tokens of this block, D width, H query heads, K key/value heads, d head dim.
+Positions are (R, L); where a model reads pictures they may have several axes, (A, R, L), and each frequency turns with
+one of them (M-RoPE, arXiv 2409.12191).
+Letters: R rows, L tokens of this block, D width, H query heads, K key/value heads, d head dim, A axes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -68,22 +70,34 @@ class Qwen2Layer(nn.Module):
         return self.after(x, mix(rope(q, cos, sin), rope(k, cos, sin), v))
 
     def follow(self, x: Tensor, positions: Tensor, inv_freq: Tensor, mix: Mix, into: Room | None = None) -> Tensor:
-        """The same from positions (R, L) and inv_freq (d/2) float32; k and v are written `into` a cache's room."""
+        """The same from positions (R, L) and inv_freq (d/2) float32; k and v are written `into` a cache's room.
+
+        Of several axes: positions (A, R, L) and inv_freq (A, d/2), 0 where a frequency does not turn with the axis.
+        """
         qkv = norm_linear(x, self.input_norm, self.qkv)
-        return self.after(x, mix(*rope_split(qkv, positions, inv_freq, self.config.heads, self.config.kv_heads, into)))
+        split = rope_split if positions.dim() == 2 else axes_split
+        return self.after(x, mix(*split(qkv, positions, inv_freq, self.config.heads, self.config.kv_heads, into)))
+
+    def unattended(self, x: Tensor) -> Tensor:
+        """The layer of a position that attends to nothing, as a pad that is masked: x (..., D)."""
+        return norm_mlp(x, self.post_norm, self.gate_up, self.down, act="swiglu")
 
     def after(self, x: Tensor, mixed: Tensor) -> Tensor:
         """What follows attention; mixed (R, H, L, d)."""
-        x = linear_add(mixed.transpose(1, 2).flatten(2), self.o, residual=x)
-        return norm_mlp(x, self.post_norm, self.gate_up, self.down, act="swiglu")
+        return self.unattended(linear_add(mixed.transpose(1, 2).flatten(2), self.o, residual=x))
 
 
 class Qwen2(nn.Module):
-    """Embeddings in, final-norm hidden states out; embedding table and logits belong to the caller."""
+    """Embeddings in, final-norm hidden states out; embedding table and logits belong to the caller.
 
-    def __init__(self, config: Qwen2Config, attend: Attention, round_inv_freq: bool) -> None:
+    `sections`: how many frequencies, from the fastest on, turn with each axis of positions that have several.
+    """
+
+    def __init__(
+        self, config: Qwen2Config, attend: Attention, round_inv_freq: bool, sections: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
-        self.config, self.attend, self.round_inv_freq = config, attend, round_inv_freq
+        self.config, self.attend, self.round_inv_freq, self.sections = config, attend, round_inv_freq, sections
         self.layers = nn.ModuleList(Qwen2Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
@@ -94,11 +108,32 @@ class Qwen2(nn.Module):
             x = layer.follow(x, positions, inv_freq, partial(prefix_attention, self.attend, prompts, index))
         return self.norm(x)
 
-    def extend(self, x: Tensor, cache: KVCache) -> Tensor:
-        """Run one row x (1, L, D) behind the cache and keep its keys and values there. Returns (1, L, D)."""
+    def outputs(self, rows: Sequence[Tensor], positions: Sequence[Tensor | None]) -> Iterator[list[Tensor]]:
+        """Of the layers in turn, for rows (1, L, D) of any lengths at positions (1, L) or (A, 1, L), without a cache.
+
+        A row without positions attends to nothing, as pads do. A layer runs when its output is asked for, and for all
+        rows: layers that are streamed come once.
+        """
+        attend = partial(self.attend, causal=True)
+        turns = [
+            at if at is None else (at, self.frequencies_of(at, x.dtype)) for x, at in zip(rows, positions, strict=True)
+        ]
+        for layer in self.layers:
+            rows = [
+                layer.follow(x, *turn, attend) if turn else layer.unattended(x)
+                for x, turn in zip(rows, turns, strict=True)
+            ]
+            yield rows
+
+    def extend(self, x: Tensor, cache: KVCache, positions: Tensor | None = None) -> Tensor:
+        """Run one row x (1, L, D) behind the cache and keep its keys and values there. Returns (1, L, D).
+
+        positions (1, L) or (A, 1, L), by default the next ones.
+        """
         count = x.shape[1]
-        positions = torch.arange(cache.length, cache.length + count, device=x.device)[None]
-        inv_freq = self.frequencies(x.device, x.dtype)
+        if positions is None:
+            positions = torch.arange(cache.length, cache.length + count, device=x.device)[None]
+        inv_freq = self.frequencies_of(positions, x.dtype)
         attend = partial(self.attend_cached, cache)
         if count == 1 and self.attend.ours:  # as in an answer: what all layers need is made once
             length = x.new_full((1,), cache.own + 1, dtype=torch.int32)
@@ -130,6 +165,11 @@ class Qwen2(nn.Module):
         """cos and sin (R, 1, L, d) for positions (R, L), angles in float32."""
         return rotary_tables(positions, self.frequencies(positions.device, dtype), dtype)
 
+    def frequencies_of(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """What `Qwen2Layer.follow` takes with positions (R, L) or (A, R, L)."""
+        inv_freq = self.frequencies(positions.device, dtype)
+        return inv_freq if positions.dim() == 2 else torch.block_diag(*inv_freq.split(self.sections))
+
     def frequencies(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Inverse frequencies (d/2) float32, as a model of this dtype was trained with them."""
         inv_freq = inverse_frequencies(self.config, device)
@@ -140,3 +180,20 @@ def inverse_frequencies(config: Qwen2Config, device: torch.device) -> Tensor:
     """theta^(-2i/d), (d/2) float32."""
     exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     return 1.0 / config.rope_theta**exponent
+
+
+def axes_split(
+    qkv: Tensor, positions: Tensor, inv_freq: Tensor, heads: int, kv_heads: int, into: Room | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rope_split` of positions (A, R, L) and inv_freq (A, d/2)."""
+    cos, sin = axes_tables(positions, inv_freq, qkv.dtype)
+    q, k, v = split_heads(qkv, heads, kv_heads)
+    q, k = rope(q, cos, sin), rope(k, cos, sin)
+    return (q, k, v) if into is None else (q, into[0].copy_(k), into[1].copy_(v))
+
+
+def axes_tables(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (R, 1, L, d) for positions (A, R, L) and inv_freq (A, d/2) float32, one axis a frequency."""
+    angle = (positions[..., None] * inv_freq[:, None, None]).sum(0)  # (R, L, d/2); the other axes add an exact 0
+    angle = angle.repeat(1, 1, 2)[:, None]  # (R, 1, L, d)
+    return angle.cos().to(dtype), angle.sin().to(dtype)

@@ -11,13 +11,17 @@ NORM_EPS = 1e-6
 
 
 class ViTBlock(nn.Module):
-    def __init__(self, width: int, heads: int, mlp: int, attend: Attention) -> None:
+    """`act`: gelu, or gelu_tanh for its approximation."""
+
+    def __init__(
+        self, width: int, heads: int, mlp: int, attend: Attention, act: str = "gelu", eps: float = NORM_EPS
+    ) -> None:
         super().__init__()
-        self.heads, self.attend = heads, attend
-        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.heads, self.attend, self.act = heads, attend, act
+        self.norm1 = nn.LayerNorm(width, eps=eps)
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
-        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
         self.fc1 = Linear(width, mlp)
         self.fc2 = Linear(mlp, width)
 
@@ -28,7 +32,7 @@ class ViTBlock(nn.Module):
         """
         picked = x if only is None else select_tokens(x, only)
         x = linear_add(self.mixed(x, picked), self.proj, residual=picked)
-        return norm_mlp(x, self.norm2, self.fc1, self.fc2, act="gelu")
+        return norm_mlp(x, self.norm2, self.fc1, self.fc2, act=self.act)
 
     def mixed(self, x: Tensor, picked: Tensor) -> Tensor:
         """Attention of the rows `picked` (B, L or N, D) to all rows of x (B, L, D)."""
