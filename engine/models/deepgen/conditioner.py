@@ -1,0 +1,156 @@
+"""How Qwen2.5-VL reads a prompt with pictures: for the connector, or to answer a question.
+
+A row is [prompt | queries], with the features of each picture where its placeholders stand. Rows run without pads; what
+stood at the pads of the original, which nothing masks behind the language model, is put in front afterwards.
+
+Letters: R rows, L tokens of a row, T of the longest row, D width, C = taps * D.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from ...kv_cache import KVCache
+from ...layers.linear import logits
+from ...layers.qwen2 import Qwen2
+
+Grid = tuple[int, int]  # rows, columns of a picture in tokens
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt: ids with a run of placeholders for each picture, whose features (rows * columns, D) replace them."""
+
+    ids: Sequence[int]
+    features: Sequence[Tensor] = ()
+    grids: Sequence[Grid] = ()
+
+
+class PictureCache(KVCache):
+    """Of a text with pictures. `shift`: position of a token behind them, less its index."""
+
+    shift: int = 0
+
+    @property
+    def position(self) -> int:
+        """Of the next token."""
+        return self.length + self.shift
+
+
+def runs(row: Row, image_token: int) -> Iterator[int | Grid]:
+    """Lengths of the texts around the pictures, and the pictures, in turn. Raises ValueError if they do not fit."""
+    at = 0
+    for rows, columns in row.grids:
+        first = row.ids.index(image_token, at)
+        if any(token != image_token for token in row.ids[first : first + rows * columns]):
+            raise ValueError(f"fewer placeholders than a picture of {rows}x{columns} tokens needs")
+        yield first - at
+        yield rows, columns
+        at = first + rows * columns
+    if image_token in row.ids[at:]:
+        raise ValueError(f"{row.ids[at:].count(image_token)} placeholders more than pictures need")
+    yield len(row.ids) - at
+
+
+def positions(row: Row, image_token: int, more: int = 0, start: int = 0) -> Tensor:
+    """Of a row and `more` tokens behind it, (3, 1, L + more): frame, row and column (M-RoPE, arXiv 2409.12191).
+
+    Text advances all three by one, a picture by its longer side. Without pictures they are the same: (1, L + more).
+    """
+    parts, at = [], start
+    for run in (*runs(row, image_token), more):
+        if isinstance(run, int):
+            parts.append(torch.arange(at, at + run).expand(3, -1))
+            at += run
+        else:
+            grid = torch.meshgrid(torch.zeros(1, dtype=torch.long), *map(torch.arange, run), indexing="ij")
+            parts.append(at + torch.stack(grid).flatten(1))
+            at += max(run)
+    every = torch.cat(parts, dim=1)[:, None]
+    return every if row.grids else every[0]
+
+
+def embedded(embed: nn.Embedding, row: Row, image_token: int) -> Tensor:
+    """(1, L, D), features in place of placeholders."""
+    text = embed(as_row([token for token in row.ids if token != image_token], embed))[0]
+    parts, features, at = [], iter(row.features), 0
+    for run in runs(row, image_token):
+        if isinstance(run, int):
+            parts.append(text[at : at + run])
+            at += run
+        else:
+            parts.append(next(features))
+    return torch.cat(parts)[None]
+
+
+def as_row(ids: Sequence[int], embed: nn.Embedding) -> Tensor:
+    return torch.tensor([ids], dtype=torch.long, device=embed.weight.device)
+
+
+def tapped(layers: int, taps: int) -> list[int]:
+    """Numbers of the layers whose outputs are kept, deep to shallow and from 1: 35, 29 ... 5 of 36 with 6 taps."""
+    return [*range(layers - 1, 0, -(layers // taps))][:taps]
+
+
+def side_by_side(outputs: Iterator[list[Tensor]], numbers: Sequence[int]) -> list[Tensor]:
+    """Of each row the outputs (..., D) of these layers, (..., C); no layer behind the last of them runs."""
+    kept = {number: rows for number, rows in enumerate(islice(outputs, max(numbers)), 1) if number in numbers}
+    return [torch.cat(row, dim=-1) for row in zip(*(kept[number] for number in numbers), strict=True)]
+
+
+def with_queries(embed: nn.Embedding, queries: Tensor, rows: Sequence[Row], image_token: int) -> list[Tensor]:
+    """What the language model reads of each row, (1, L + queries, D)."""
+    return [torch.cat([embedded(embed, row, image_token), queries[None]], dim=1) for row in rows]
+
+
+def states(
+    llm: Qwen2, embed: nn.Embedding, queries: Tensor, rows: Sequence[Row], image_token: int, taps: int, pad: Tensor
+) -> Tensor:
+    """What DeepGen's connector reads, (R, T, C): several layers' outputs, `pad` (C) in front of shorter rows."""
+    read = with_queries(embed, queries, rows, image_token)
+    at = [positions(row, image_token, more=len(queries)).to(queries.device) for row in rows]
+    found = side_by_side(llm.outputs(read, at), tapped(llm.config.layers, taps))
+    longest = max(x.shape[1] for x in found)
+    return torch.cat([torch.cat([pad.expand(1, longest - x.shape[1], -1), x], dim=1) for x in found])
+
+
+def pad_state(llm: Qwen2, embed: nn.Embedding, pad_token: int, taps: int) -> Tensor:
+    """What `states` has at a pad, (C): the same for all, since a pad attends to nothing. Compute it once a model."""
+
+    def outputs(x: Tensor) -> Iterator[list[Tensor]]:
+        for layer in llm.layers:
+            x = layer.unattended(x)
+            yield [x]
+
+    (found,) = side_by_side(outputs(embed(as_row([pad_token], embed))), tapped(llm.config.layers, taps))
+    return found[0, 0]
+
+
+def query_states(llm: Qwen2, embed: nn.Embedding, queries: Tensor, rows: Sequence[Row], image_token: int) -> Tensor:
+    """What the conditioner of UniPic-2 MetaQuery reads, (R, queries, D): the final states of the queries alone.
+
+    It was trained with positions that count placeholders as text, also where there are pictures.
+    """
+    read = with_queries(embed, queries, rows, image_token)
+    at = [torch.arange(x.shape[1], device=x.device)[None] for x in read]
+    found = deque(llm.outputs(read, at), maxlen=1).pop()
+    return llm.norm(torch.cat([x[:, -len(queries) :] for x in found]))
+
+
+def prefill(llm: Qwen2, embed: nn.Embedding, row: Row, image_token: int, cache: PictureCache) -> Tensor:
+    """Append a row to the cached text; final hidden states (1, L, D)."""
+    x = embedded(embed, row, image_token)
+    hidden = llm.extend(x, cache, positions(row, image_token, start=cache.position).to(x.device))
+    cache.shift += sum(max(grid) - grid[0] * grid[1] for grid in row.grids)
+    return hidden
+
+
+def next_logits(llm: Qwen2, embed: nn.Embedding, cache: PictureCache, ids: Sequence[int]) -> Tensor:
+    """Append ids to the cached text; logits (vocab) float32 of the token after them, from the table `embed`."""
+    x = embed(as_row(ids, embed))
+    at = torch.arange(cache.position, cache.position + len(ids), device=x.device)[None]
+    return logits(llm.extend(x, cache, at)[0, -1], embed).float()
