@@ -138,6 +138,14 @@ def seen(reader: Reader, tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, tu
     return pictures
 
 
+def pad_input(reader: Reader) -> Tensor:
+    return reader.embed(conditioner.as_row([PAD], reader.embed))
+
+
+def tapped_states(reader: Reader, rows: list[Tensor], at: list[Tensor | None]) -> list[Tensor]:
+    return conditioner.side_by_side(reader.llm.outputs(rows, at), conditioner.tapped(LLM.layers, SCB.taps))
+
+
 def prompts(tensors: Mapping[str, Tensor], references: list[int], pictures: list) -> Iterator[Row]:
     """The recorded rows without their pads; conditional ones first, the same pictures in both halves."""
     stock = [pictures[sum(references[:i]) : sum(references[: i + 1])] for i in range(len(references))] * 2
@@ -157,11 +165,14 @@ def test_conditions_equal_the_recorded_ones(name: str, deepgen: Reader, scb: Con
     for i, row in enumerate(rows):
         at = conditioner.positions(row, IMAGE, more=SCB.queries).expand(3, 1, -1)[:, 0]
         assert torch.equal(at, tensors["position_ids"][:, i, tensors["attention_mask"][i].bool()])
-        if "inputs_embeds" in tensors:
-            read = conditioner.with_queries(deepgen.embed, scb.queries, [row], IMAGE)[0][0]
-            close(read, tensors["inputs_embeds"][i, -len(read) :])
-    pad = conditioner.pad_state(deepgen.llm, deepgen.embed, PAD, SCB.taps)
-    states = conditioner.states(deepgen.llm, deepgen.embed, scb.queries, rows, IMAGE, SCB.taps, pad)
+    read = conditioner.with_queries(deepgen.embed, scb.queries, rows, IMAGE)
+    if "inputs_embeds" in tensors:
+        for x, expected in zip(read, tensors["inputs_embeds"], strict=True):
+            close(x[0], expected[-x.shape[1] :])
+    at = [conditioner.positions(row, IMAGE, more=SCB.queries) for row in rows]
+    *found, pad = tapped_states(deepgen, [*read, pad_input(deepgen)], [*at, None])
+    missing = [tensors["scb_in"].shape[1] - x.shape[1] for x in found]
+    states = torch.cat([torch.cat([pad.expand(1, n, -1), x], 1) for n, x in zip(missing, found, strict=True)])
     close(states, tensors["scb_in"])
     if "proj1_out" in tensors:
         close(scb.projector_1(states), tensors["proj1_out"])
@@ -198,7 +209,8 @@ def test_connector_and_pad_equal_the_recorded_ones(deepgen: Reader, scb: Connect
     text, pooled = scb(unit["scb.in"])
     close(text, unit["scb.seq"])
     close(pooled, unit["scb.pooled"])
-    close(conditioner.pad_state(deepgen.llm, deepgen.embed, PAD, SCB.taps), unit["pad.scb_row"])
+    (pad,) = tapped_states(deepgen, [pad_input(deepgen)], [None])
+    close(pad[0, 0], unit["pad.scb_row"])
 
 
 def test_conditioner_of_metaquery_equals_the_copied_record(conditioner_of_metaquery: Connector) -> None:

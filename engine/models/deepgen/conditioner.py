@@ -1,9 +1,10 @@
 """How Qwen2.5-VL reads a prompt with pictures: for the connector, or to answer a question.
 
-A row is [prompt | queries], with the features of each picture where its placeholders stand. Rows run without pads; what
-stood at the pads of the original, which nothing masks behind the language model, is put in front afterwards.
+A row is [prompt | queries], with the features of each picture where its placeholders stand. Rows run without pads. The
+original masks its pads here but not behind, where they count: they all have the states of one more row, the pad by
+itself, which attends to nothing.
 
-Letters: R rows, L tokens of a row, T of the longest row, D width, C = taps * D.
+Letters: R rows, L tokens of a row, D width, C = taps * D.
 """
 
 from collections import deque
@@ -105,29 +106,6 @@ def side_by_side(outputs: Iterator[list[Tensor]], numbers: Sequence[int]) -> lis
 def with_queries(embed: nn.Embedding, queries: Tensor, rows: Sequence[Row], image_token: int) -> list[Tensor]:
     """What the language model reads of each row, (1, L + queries, D)."""
     return [torch.cat([embedded(embed, row, image_token), queries[None]], dim=1) for row in rows]
-
-
-def states(
-    llm: Qwen2, embed: nn.Embedding, queries: Tensor, rows: Sequence[Row], image_token: int, taps: int, pad: Tensor
-) -> Tensor:
-    """What DeepGen's connector reads, (R, T, C): several layers' outputs, `pad` (C) in front of shorter rows."""
-    read = with_queries(embed, queries, rows, image_token)
-    at = [positions(row, image_token, more=len(queries)).to(queries.device) for row in rows]
-    found = side_by_side(llm.outputs(read, at), tapped(llm.config.layers, taps))
-    longest = max(x.shape[1] for x in found)
-    return torch.cat([torch.cat([pad.expand(1, longest - x.shape[1], -1), x], dim=1) for x in found])
-
-
-def pad_state(llm: Qwen2, embed: nn.Embedding, pad_token: int, taps: int) -> Tensor:
-    """What `states` has at a pad, (C): the same for all, since a pad attends to nothing. Compute it once a model."""
-
-    def outputs(x: Tensor) -> Iterator[list[Tensor]]:
-        for layer in llm.layers:
-            x = layer.unattended(x)
-            yield [x]
-
-    (found,) = side_by_side(outputs(embed(as_row([pad_token], embed))), tapped(llm.config.layers, taps))
-    return found[0, 0]
 
 
 def query_states(llm: Qwen2, embed: nn.Embedding, queries: Tensor, rows: Sequence[Row], image_token: int) -> Tensor:
