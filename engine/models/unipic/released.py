@@ -114,7 +114,7 @@ def _parts(records: Records, llm_layers: int) -> dict[str, tuple[str, ...]]:
 
     Raises one error for all names that are missing, and for layers that the language model's config.json denies.
     """
-    depth = {stack: max(1, keys.depth(records, stack)) for stack in keys.BLOCKS}
+    depth = {stack: max(1, keys.depth(records, stack)) for stack in keys.STACKS}
     blocks = (depth["encoder"], depth["decoder"], depth["head"])
     rows = keys.table(llm_layers, *blocks)
     denied = {name for names in keys.table(max(llm_layers, depth["llm"]), *blocks).values() for name in names}

@@ -1,0 +1,164 @@
+"""A released DeepGen 1.0 in either of its layouts (layout.py): configuration, tokenizer, tensors under our names."""
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ...checkpoint.differences import refuse, refuse_differences
+from ...checkpoint.parts import Centre, Merged, Padded, Part, ReleasedTensor, Shaped, Stored, joined
+from ...checkpoint.pickle_reader import TorchCheckpoint
+from ...checkpoint.safe_files import SafeFiles
+from ...errors import CorruptWeightsError
+from . import keys, layout
+from .config import DeepGenConfig
+from .layout import Layout
+from .released_config import SIZES, aligned, read_config, table_side
+from .tokenizer import read_tokenizer
+
+LORA_SCALE = 2.0  # alpha / rank of the update: 128 / 64 in the training code, which the file does not tell
+_AGAIN = "download the checkpoint again"
+Records = dict[str, Stored]  # by released name
+
+
+class Released:
+    """An open released folder: `config`, `tensors` by our name, `tokenizer` as JSON text. A context manager.
+
+    `ignored` lists the tensors of a native file that belong to none of the components. Raises ModelMissingError,
+    CorruptWeightsError.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        found = layout.locate(folder)
+        self.folder, self.files = found.folder, found.files()
+        with ExitStack() as stack:
+            records, self.ignored = _records(found, stack)
+            self.tokenizer, ids = read_tokenizer(found.tokenizer)
+            refuse("the checkpoint", missing=[name for name in SIZES if name not in records])
+            try:
+                self.config = read_config(found, {name: record.shape for name, record in records.items()}, ids)
+                self.tensors = _tensors(self.config, records, updated=found.native is not None)
+                expected = _expected(self.config)
+            except ValueError as error:
+                raise CorruptWeightsError(f"{folder}: {error}", _AGAIN) from None
+            except (KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+                raise CorruptWeightsError(f"{folder}: the sizes do not fit together ({error!r:.200})", _AGAIN) from None
+            refuse_differences(expected, {name: t.shape for name, t in self.tensors.items()}, str(folder))
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> "Released":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+
+def is_released(folder: Path) -> bool:
+    """Whether the folder, or a sub-folder of it, holds a released checkpoint."""
+    return layout.find(folder) is not None
+
+
+def files(folder: Path) -> list[Path]:
+    """The files of a released folder that a conversion reads."""
+    return layout.locate(folder).files()
+
+
+def _records(found: Layout, stack: ExitStack) -> tuple[Records, list[str]]:
+    """All records by released name, and the names of those that have none."""
+    records, ignored = [], []
+    for component, paths in found.weights().items():
+        file = stack.enter_context(SafeFiles(paths, f"{_AGAIN}, each tensor in one file"))
+        records += [(keys.spelled(component, name), Stored(file, record)) for name, record in file.records.items()]
+    if found.native is not None:
+        native = stack.enter_context(_opened(found.native))
+        named = [(keys.native(name), name, Stored(native, record)) for name, record in native.records.items()]
+        records += [(released, record) for released, _, record in named if released is not None]
+        ignored = [name for released, name, _ in named if released is None]
+    by_name = dict(records)
+    if len(by_name) < len(records):
+        twice = sorted({name for name, record in records if by_name[name] is not record})
+        refuse("the checkpoint", **{"stored twice": twice})
+    return by_name, ignored
+
+
+def _opened(path: Path) -> TorchCheckpoint | SafeFiles:
+    return SafeFiles([path], _AGAIN) if path.suffix == ".safetensors" else TorchCheckpoint(path)
+
+
+def _tensors(config: DeepGenConfig, records: Records, updated: bool) -> dict[str, ReleasedTensor]:
+    """Our tensors. Raises one error for all names that are missing or unexpected."""
+    rows = keys.table(config)
+    updates = {part: keys.update(part) for name in keys.expanded(keys.UPDATED, rows) for part in rows[name]}
+    updates = updates if updated else {}
+    used = {part for parts in rows.values() for part in parts} | {name for pair in updates.values() for name in pair}
+    refuse(
+        "the checkpoint",
+        missing=[name for name in sorted(used) if name not in records],
+        unexpected=[name for name in records if name not in used and name not in keys.IGNORED],
+    )
+    parts: dict[str, Part] = {name: records[name] for names in rows.values() for name in names}
+    parts |= {name: _merged(name, records[name], records[a], records[b]) for name, (a, b) in updates.items()}
+    shaped = _shapes(config, rows)
+    return {
+        name: joined(name, [shaped.get(name, _as_it_is)(parts[theirs]) for theirs in names])
+        for name, names in rows.items()
+    }
+
+
+def _as_it_is(part: Part) -> Part:
+    return part
+
+
+def _merged(name: str, weight: Stored, a: Stored, b: Stored) -> Merged:
+    """Raises ValueError where the update does not fit the weight."""
+    transposed = "lora_embedding_" in a.name
+    (rank, inputs), (outputs, inner) = a.shape, b.shape
+    shape = (inputs, outputs) if transposed else (outputs, inputs)
+    floating = all(each.dtype is not None and each.dtype.is_floating_point for each in (weight, a, b))
+    if rank != inner or shape != weight.shape or not floating:
+        found = f"{[*a.shape]} and {[*b.shape]} of {a.dtype} and {b.dtype}"
+        raise ValueError(f"{name} is {[*weight.shape]} of {weight.dtype}, which an update of {found} does not fit")
+    return Merged(weight, a, b, LORA_SCALE, transposed)
+
+
+def _shapes(config: DeepGenConfig, names: keys.Rows) -> dict[str, Callable[[Part], Part]]:
+    """What is done to each part of our tensors, where anything is."""
+    changes: list[tuple[Callable[[Part], Part], tuple[str, ...]]] = [
+        (_flat, keys.FLAT),
+        (_convolution, keys.CONVOLUTIONS),
+        (_taller, keys.PADDED_ROWS),
+        (_wider, keys.PADDED_COLUMNS),
+        (partial(_centre, config.dit.table), (keys.CENTRED,)),
+    ]
+    return {name: change for change, patterns in changes for name in keys.expanded(patterns, names)}
+
+
+def _flat(part: Part) -> Part:
+    return Shaped(part, (part.shape[0], math.prod(part.shape[1:])))
+
+
+def _convolution(part: Part) -> Part:
+    return Shaped(part, (*part.shape, 1, 1))
+
+
+def _taller(part: Part) -> Part:
+    return Padded(part, (aligned(part.shape[0]), *part.shape[1:]))
+
+
+def _wider(part: Part) -> Part:
+    return Padded(part, (*part.shape[:-1], aligned(part.shape[-1])))
+
+
+def _centre(side: int, part: Part) -> Part:
+    whole, width = table_side(part.shape), part.shape[-1]
+    return Centre(Shaped(part, (whole, whole, width)), (side, side, width))
+
+
+def _expected(config: DeepGenConfig) -> dict[str, tuple[int, ...]]:
+    from .model import build  # the verbs' module is heavy, and only a conversion needs it here
+
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in build(config).state_dict().items()}
