@@ -99,7 +99,9 @@ def edit(
     prompt_file: o.PromptFile = None,
     mask: o.Mask = None,
     outpaint: o.Outpaint = None,
+    ref: o.Ref = None,
     fit: o.Fit = None,
+    size: o.EditSize = None,
     res: o.Res = None,
     n: o.N = 1,
     seed: o.Seed = None,
@@ -137,6 +139,8 @@ def edit(
         mask=None if mask is None else open_mask(mask, picture.size),
         outpaint=None if outpaint is None else a.parse_outpaint(outpaint),
         fit=fit,
+        references=tuple(map(a.read_picture, ref)) if ref else None,
+        size=None if size is None else a.parse_size(size),
     )
     sampling = a.sampling(asked, n=n, batch_size=batch_size, preview_every=preview_every)
     EditRequest(picture, tuple(prompts), sampling, PATCH if res is None else res, **where)  # refuses early

@@ -151,7 +151,7 @@ def compare_source(ledger: Ledger, watch: Watch) -> None:
     """What the model made of the picture to edit."""
     task, source = watch.batches[0].task, watch.batches[0].conditions.source
     grid = (task.rows, task.columns)
-    ledger.compare("source_pixels", task.pixels, NETWORK)
+    ledger.compare("source_pixels", task.sources[0], NETWORK)
     ledger.compare("source_latent_tokens", source.latents.unflatten(1, grid), NETWORK)
     ledger.compare("source_x_con", source.x_con, NETWORK)
     ledger.compare("source_z_enc", watch.stream.plain(source.features), NETWORK)

@@ -154,8 +154,7 @@ class WatchedFamily:
         return conditions
 
     def sample(self, model: nn.Module, conditions: Any, task: Task, batch: Any, rounds: Any) -> Iterator[Tensor]:
-        shape = (len(batch.noises), rounds.tokens, model.config.mar.channels)
-        known = torch.zeros(shape)
+        known = torch.zeros(self._family.latents(model.config, len(batch.noises), task.rows, task.columns))
         revealed = self._family.sample(model, conditions, task, batch, rounds)
         for plan, tokens in zip(rounds.rounds, revealed, strict=True):
             self._watch.end_round(plan, known, kept(tokens))

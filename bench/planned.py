@@ -19,9 +19,9 @@ def plan_of(engine: Engine, kind: str, prompt: str, res: int, steps: int, images
     loaded = engine.loaded
     recipe = families.recipe("unipic", engine.quant)
     model = shapes(loaded.family, engine.config, recipe, engine.dtype, Attention(engine.attention))
-    pixels = torch.empty(1, 3, res, res, dtype=engine.dtype, device=META) if kind == "edit" else None
+    sources = (torch.empty(1, 3, res, res, dtype=engine.dtype, device=META),) * (kind == "edit")
     side = res // PATCH
-    task = Task(kind, side, side, steps, engine.config.guidance, "constant", 1.0, pixels=pixels)
+    task = Task(kind, side, side, steps, engine.config.guidance, "constant", 1.0, sources=sources)
     batch = Batch([prompt] * images, [PhiloxNoise(seed) for seed in range(images)])
     return dry_run(Loaded(loaded.family, model, loaded.tokens, META), task, batch)
 

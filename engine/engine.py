@@ -114,6 +114,8 @@ class Engine(Worker):
         mask: ImageSource | None = None,
         outpaint: tuple[int, int, int, int] | None = None,
         fit: str | None = None,
+        references: Sequence[ImageSource] = (),
+        size: tuple[int, int] | None = None,
         res: int | None = None,
         seed: int | None = None,
         on_event: Callable[[Event], None] | None = None,
@@ -124,7 +126,9 @@ class Engine(Worker):
         """Image and instruction to image; keywords as in `generate`.
 
         Without a mask the picture keeps its aspect at an area of about res squared (`fit` "keep"), or is
-        cropped to a square (`fit` "crop", the original's way). With `mask` (white = regenerate) or `outpaint`
+        cropped to a square (`fit` "crop"), or, with models that know it, has a longer side of res ("longest"). Further
+        pictures, for models that take several, are `references`: the result then is a square of side res unless it is
+        given a `size` (width, height). With `mask` (white = regenerate) or `outpaint`
         (left, top, right, bottom pixels) the prompt describes the whole picture, the size stays the source's unless
         `fit` is given, and unmasked pixels stay exactly as they are.
         """
@@ -139,9 +143,12 @@ class Engine(Worker):
             mask=None if mask is None else open_mask(mask, picture.size),
             outpaint=as_margins(outpaint),
             fit=fit,
+            references=tuple(map(open_image, references)),
+            size=None if size is None else as_size(None, size, 0),
         )
-        make_task = partial(edit_task, request, self.defaults, self.max_image_tokens, self.device, self.dtype)
+        make_task = partial(edit_task, request, self.family, self.config, self.defaults, self.device, self.dtype)
         how = {"fit": fit, "outpaint": outpaint and list(outpaint), "masked": mask is not None or None}
+        how |= {"references": len(request.references) or None}
         return self._images(request, make_task, noise, on_event, cancel, how)
 
     @overload

@@ -48,7 +48,7 @@ class Asked:
     name: str
     forecast: Forecast
     task: Task | None  # None: a question
-    side: int  # tokens
+    res: int
     images: int
     card: Card
     vram_bytes: int
@@ -67,7 +67,7 @@ class Asked:
         return {
             "model": self.name,
             "task": next((name for name, kind in KINDS.items() if self.task and kind == self.task.kind), "ask"),
-            "res": self.side * PATCH,
+            "res": self.res,
             "steps": self.task and self.task.steps,
             "images": self.images,
             "quant": self.forecast.recipe.scheme,
@@ -77,21 +77,27 @@ class Asked:
             "vram_bytes": self.vram_bytes,
         }
 
+    @property
+    def seen(self) -> tuple[int, int]:
+        """(width, height) of the picture that a question is about."""
+        loaded = self.forecast.loaded
+        return loaded.family.question_size(loaded.config, (self.res, self.res), self.res)
+
     def is_kept(self) -> bool:
         """Whether no dry run is needed."""
         if self.task is None:
-            return self.forecast.answer_is_kept(self.side, PROMPT, LIMIT)
+            return self.forecast.answer_is_kept(self.seen, PROMPT, LIMIT)
         return all(self.forecast.is_kept(self.task, [PROMPT], size) for size in self.sizes)
 
     def plan(self, at_once: int) -> Plan:
         if self.task is None:
-            return self.forecast.answer_plan(self.side, PROMPT, LIMIT)
+            return self.forecast.answer_plan(self.seen, PROMPT, LIMIT)
         return self.forecast.plan(self.task, [PROMPT], at_once)
 
     def placement(self) -> Placement:
         """The fastest that fits. Raises BudgetError."""
         if self.task is None:
-            batches = {1: self.forecast.answers(self.side, PROMPT, LIMIT)}
+            batches = {1: self.forecast.answers(self.seen, PROMPT, LIMIT)}
         else:
             how = {"previews": False}
             batches = {size: self.forecast.pictures(self.task, [PROMPT], size, **how) for size in self.sizes}
@@ -132,12 +138,16 @@ def ask_for(
     family, precision = families.model(row.name), as_dtype(dtype, META)
     built = weightless(row.name, config, quant, precision, attention)
     forecast = Forecast(Loaded(family, built, RoughTokens(), META), recipe, card)
-    side, made = res // PATCH, None
+    made = None
     if task != "ask":
-        pixels = torch.empty(1, 3, res, res, dtype=precision, device=META) if task == "edit" else None
-        made = Task(KINDS[task], side, side, steps, config.guidance, "constant", 1.0, pixels=pixels)
+        size, sources = (res, res), ()
+        if task == "edit":
+            size = family.fitted_size(size, family.fits[0], res)
+            sources = (torch.empty(1, 3, *reversed(size), dtype=precision, device=META),)
+        columns, rows = (side // PATCH for side in size)
+        made = Task(KINDS[task], rows, columns, steps, config.guidance, "constant", 1.0, sources=sources)
     may = card.vram_bytes if vram is None else min(as_vram(vram), card.vram_bytes)
-    return Asked(model, forecast, made, side, images if made else 1, card, may)
+    return Asked(model, forecast, made, res, images if made else 1, card, may)
 
 
 @lru_cache(maxsize=4)  # `doctor` asks about a few models again and again

@@ -20,6 +20,7 @@ from .task import Batch, Task
 ROUNDED = 32  # tokens to which a prompt's length is rounded up, so that other prompts are not planned anew
 SEAM = 4  # tokens more that a prompt may take between other words than alone; heuristic
 PROMPT = "\ue000"  # stands for a prompt; of the private use area
+Size = tuple[int, int]  # (width, height) in pixels
 PROBE = "<|im_start|>user\nA sentence, <image> and the rest."  # tells tokenizers apart
 
 
@@ -38,8 +39,8 @@ class Forecast:
 
     def fresh(self, task: Task, prompts: Sequence[str], images: int) -> Plan:
         """The same, but never a kept one: it has its history."""
-        shape, pixels = self.shape(task, prompts, images), None if task.pixels is None else task.pixels.to(META)
-        task = replace(task, pixels=pixels, negative=None if task.negative is None else PROMPT * 2)
+        shape, sources = self.shape(task, prompts, images), tuple(pixels.to(META) for pixels in task.sources)
+        task = replace(task, sources=sources, negative=None if task.negative is None else PROMPT * 2)
         texts = [f"{PROMPT}{min(index, shape['prompts'] - 1)}" for index in range(images)]
         batch = Batch(texts, [PhiloxNoise(seed) for seed in range(images)])
         return dry_run(self._meta(shape["longest"]), task, batch, bands=True)
@@ -54,6 +55,7 @@ class Forecast:
         return self._how() | {
             "kind": task.kind,
             "grid": [task.rows, task.columns],
+            "sources": [list(pixels.shape[2:]) for pixels in task.sources],
             "cells": None if task.cells is None else int(task.cells.sum()),
             "steps": task.steps,
             "guided": task.guidance != 1.0,
@@ -66,34 +68,31 @@ class Forecast:
     def pictures(self, task: Task, prompts: Sequence[str], images: int, previews: bool) -> tuple[Stage, ...]:
         """The stages of such a batch."""
         family, plan = self.loaded.family, self.plan(task, prompts, images)
-        needs = {name: tuple(family.needs[name]) for name in ("condition", "sample", "decode")}
-        if task.pixels is not None:
-            needs["condition"] += tuple(family.needs["encode"])
+        needs = {name: tuple(parts) for name, parts in family.needs(task.kind).items()}
         if previews:
-            needs["sample"] += tuple(family.needs["decode"])
-        passes = {"condition": 2, "sample": task.steps, "decode": 1}
-        condition, sample, decode = self._stages(plan, needs, passes)
+            needs["sample"] += needs["decode"]
+        passes = dict.fromkeys(needs, 2) | {"sample": task.steps, "decode": 1}
+        *before, sample, decode = self._stages(plan, needs, passes)
         decode = replace(decode, bands=Bands(plan.stages[BANDED].peak_bytes, plan.seconds(self.card)[BANDED]))
-        return condition, with_previews(sample, decode, plan) if previews else sample, decode
+        return *before, with_previews(sample, decode, plan) if previews else sample, decode
 
-    def answer_plan(self, side: int, question: str, limit: int) -> Plan:
-        """Of a question about a picture of side x side tokens, answered by at most `limit`."""
-        return kept(self.answer_shape(side, question, limit), lambda: self.fresh_answer(side, question, limit))
+    def answer_plan(self, size: Size, question: str, limit: int) -> Plan:
+        """Of a question about a picture of that size, as the model sees it, answered by at most `limit` tokens."""
+        return kept(self.answer_shape(size, question, limit), lambda: self.fresh_answer(size, question, limit))
 
-    def fresh_answer(self, side: int, question: str, limit: int) -> Plan:
-        return dry_answer(self._meta(self._length(question)), side, PROMPT, limit)
+    def fresh_answer(self, size: Size, question: str, limit: int) -> Plan:
+        return dry_answer(self._meta(self._length(question)), size, PROMPT, limit)
 
-    def answer_is_kept(self, side: int, question: str, limit: int) -> bool:
-        return is_kept(self.answer_shape(side, question, limit))
+    def answer_is_kept(self, size: Size, question: str, limit: int) -> bool:
+        return is_kept(self.answer_shape(size, question, limit))
 
-    def answer_shape(self, side: int, question: str, limit: int) -> dict[str, Any]:
-        return self._how() | {"kind": "ask", "side": side, "longest": self._length(question), "limit": limit}
+    def answer_shape(self, size: Size, question: str, limit: int) -> dict[str, Any]:
+        return self._how() | {"kind": "ask", "size": list(size), "longest": self._length(question), "limit": limit}
 
-    def answers(self, side: int, question: str, limit: int) -> tuple[Stage, ...]:
+    def answers(self, size: Size, question: str, limit: int) -> tuple[Stage, ...]:
         """The stages of such a question."""
-        family = self.loaded.family
-        needs = {"condition": (*family.needs["encode"], *family.needs["condition"]), "answer": family.needs["answer"]}
-        return self._stages(self.answer_plan(side, question, limit), needs, {"condition": 1, "answer": limit})
+        passes = {"condition": 1, "answer": limit}
+        return self._stages(self.answer_plan(size, question, limit), self.loaded.family.needs("ask"), passes)
 
     def _how(self) -> dict[str, Any]:
         """What all plans of the model depend on; a card's rates come in later."""

@@ -54,7 +54,7 @@ def load(
         say(f"vram auto: {bound / placing.GIB:.2f} GiB, what is free of the GPU less {placing.MARGIN / placing.GIB:g}")
     row, config = families.read(folder)
     family = families.model(row.name)
-    if exact_rope:
+    if exact_rope and config.round_inv_freq:
         config = replace(config, round_inv_freq=False)
     tokens = Tokens(folder / "tokenizer.json", family.IMAGE, config.image_token)
     if scheme == AUTO:

@@ -25,7 +25,13 @@ From = _option(str | None, "--from", metavar="PNG", help="Repeat the settings of
 Size = _option(str | None, "--size", metavar="WxH", help="Width and height in pixels, multiples of 16.")
 Mask = _option(str | None, "--mask", metavar="FILE", help="White where to repaint; the rest stays as it is.")
 Outpaint = _option(str | None, "--outpaint", metavar="L,T,R,B", help="Pixels to add left, top, right and bottom.")
-Fit = _option(str | None, "--fit", metavar="HOW", help="keep the aspect (default) or crop to a square.")
+Fit = _option(
+    str | None, "--fit", metavar="HOW", help="keep the aspect (default), crop to a square, or longest: side of --res."
+)
+Ref = _option(
+    list[str] | None, "--ref", metavar="FILE", help="A further picture that the prompt speaks of; repeatable."
+)
+EditSize = _option(str | None, "--size", metavar="WxH", help="Of the result, with models that can choose it.")
 Question = Annotated[
     list[str],
     typer.Argument(metavar="QUESTION...", help="One or more; - reads one a line from stdin.", show_default=False),
@@ -34,7 +40,7 @@ Name = Annotated[str, typer.Argument(metavar="MODEL", help="Short name, folder o
 Res = _option(int | None, "--res", metavar="PIXELS", help="Side of a square, a multiple of 16; an edit takes its area.")
 N = _option(int, "-n", metavar="N", help="Copies of each prompt; copy i has seed + i.")
 Seed = _option(int | None, "--seed", metavar="S", help="Drawn and reported when not given.")
-Steps = _option(int | None, "--steps", "--iters", metavar="N", help="Rounds.")
+Steps = _option(int | None, "--steps", "--iters", metavar="N", help="Rounds, or denoising steps.")
 Guidance = _option(float | None, "--guidance", "--cfg", metavar="X", help="1 turns guidance off.")
 Schedule = _option(str | None, "--cfg-schedule", metavar="NAME", help="Guidance over the rounds: constant or linear.")
 Temperature = _option(float | None, "--temperature", metavar="X", help="Scales the noise of the diffusion head.")

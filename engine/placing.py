@@ -151,9 +151,9 @@ class Placing:
         batches = {size: self.forecast.pictures(task, prompts, size, previews) for size in sizes}
         return self._take(Work(self.parts, batches, images=len(prompts)))
 
-    def answers(self, side: int, question: str, limit: int) -> Loaded:
-        """The model placed for a question about a picture of side x side tokens. Raises BudgetError."""
-        return self._take(Work(self.parts, {1: self.forecast.answers(side, question, limit)}))[0]
+    def answers(self, size: tuple[int, int], question: str, limit: int) -> Loaded:
+        """The model placed for a question about a picture of that size (width, height). Raises BudgetError."""
+        return self._take(Work(self.parts, {1: self.forecast.answers(size, question, limit)}))[0]
 
     def less(self) -> tuple[Loaded, int]:
         """The same in less memory than that which was not enough. Raises BudgetError where there is no less."""
@@ -192,7 +192,7 @@ class Placing:
     def _left(self, part: str) -> None:
         """A part that comes back comes to other addresses."""
         staged = self.placement is not None and self.placement.where[part] == "staged"
-        if staged and part in self.loaded.family.needs["sample"]:
+        if staged and part in self.loaded.family.needs("generate")["sample"]:
             self._forget_graphs()
 
     def _forget_graphs(self) -> None:

@@ -26,7 +26,7 @@ from .layers.attention import Attention
 from .loaded import Loaded, Placed
 from .meter import Call, Meter
 from .repeats import once
-from .request import PATCH, CancelToken, Event
+from .request import CancelToken, Event
 from .run import Watch, run_batch, to_levels
 from .task import Batch, Task
 from .verbs import Verbs
@@ -98,7 +98,7 @@ def shapes(family: Verbs, config: Any, recipe: Recipe, dtype: torch.dtype, atten
 
 
 def dry_run(loaded: Loaded, task: Task, batch: Batch, bands: bool = False) -> Plan:
-    """The plan of one batch of pictures. `loaded.model` and the task's pixels are on the meta device.
+    """The plan of one batch of pictures. `loaded.model` and the task's sources are on the meta device.
 
     With `bands` it also has BANDED, as if that had come in place of `decode`.
     """
@@ -111,7 +111,8 @@ def dry_run(loaded: Loaded, task: Task, batch: Batch, bands: bool = False) -> Pl
     def enter(stage: str) -> None:
         if bands and stage == "decode":
             with meter.aside(BANDED):
-                latents = torch.empty(len(batch.noises), task.rows * task.columns, model.config.mar.channels, **like)
+                shape = loaded.family.latents(model.config, len(batch.noises), task.rows, task.columns)
+                latents = torch.empty(shape, **like)
                 to_levels(loaded.family.decode(model, latents, task.rows, task.columns, bands=True))
 
     like = {"dtype": loaded.dtype, "device": META}
@@ -123,14 +124,14 @@ def dry_run(loaded: Loaded, task: Task, batch: Batch, bands: bool = False) -> Pl
     return Plan(stages_of(meter), parts_of(model), meter.calls, **live, graphs=graphs.held(), history=meter.history)
 
 
-def dry_answer(loaded: Loaded, side: int, question: str, limit: int) -> Plan:
-    """The plan of a question about a picture of side x side tokens, answered by `limit` tokens."""
+def dry_answer(loaded: Loaded, size: tuple[int, int], question: str, limit: int) -> Plan:
+    """The plan of a question about a picture of that size (width, height), answered by `limit` tokens."""
     meter, model, family = Meter(), loaded.model, loaded.family
     ids = family.question_ids(loaded.tokens, question)
     with torch.inference_mode(), once(meter, model, family.repeated), meter:
         meter.stage = "condition"
-        pixels = torch.empty(1, 3, side * PATCH, side * PATCH, dtype=loaded.dtype, device=META)
-        cache = family.look_to_answer(model, loaded.tokens, pixels, side, side, spare=len(ids) + limit)
+        pixels = torch.empty(1, 3, *reversed(size), dtype=loaded.dtype, device=META)
+        cache = family.look_to_answer(model, loaded.tokens, pixels, spare=len(ids) + limit)
         meter.stage = "answer"
         family.next_logits(model, cache, ids)
         _, token = meter.span(lambda: family.next_logits(model, cache, ids[:1]))

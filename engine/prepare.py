@@ -4,14 +4,16 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
 
 from .errors import UnipicWarning, UsageError
-from .picture import Canvas, center_crop, composite, fit_area, fit_mask, pad_square, pad_to_patch, resize, to_pixels
+from .picture import Canvas, center_crop, composite, fit_mask, pad_to_patch, resize, to_pixels
 from .request import PATCH, EditRequest, GenerateRequest, Sampling
 from .task import Task
+from .verbs import Verbs
 
 Finish = Callable[[Image.Image], Image.Image]
 
@@ -30,25 +32,41 @@ def generate_task(request: GenerateRequest, defaults: Defaults) -> tuple[Task, F
 
 
 def edit_task(
-    request: EditRequest, defaults: Defaults, max_tokens: int, device: torch.device, dtype: torch.dtype
+    request: EditRequest, family: Verbs, config: Any, defaults: Defaults, device: torch.device, dtype: torch.dtype
 ) -> tuple[Task, Finish]:
-    """Whole-picture edits take the size that `fit` gives; masked ones keep the source's size and unmasked pixels."""
-    if request.mask is None and request.outpaint is None:
-        size = _fitted_size(request.image.size, request.fit or "keep", request.res)
-        _check_tokens(size, max_tokens // 2, "use a smaller res")  # the source takes as many as the result
-        pixels = to_pixels(_fitted(request.image, request.fit or "keep", request.res), dtype, cast_first=False)
-        return _task("edit", *size, request.sampling, defaults, pixels=pixels.to(device)), _unchanged
-    canvas = _canvas(request, max_tokens)
-    pixels = to_pixels(canvas.image, dtype, cast_first=False).to(device)
-    task = _task(
-        "inpaint", *canvas.image.size, request.sampling, defaults, pixels=pixels, cells=torch.from_numpy(canvas.cells)
-    )
-    return task, lambda image: composite(canvas.image, image, canvas.mask).crop(canvas.box)
+    """Whole-picture edits take the size that `fit` gives; masked ones keep the source's size and unmasked pixels.
+
+    With several pictures the result is of the size that was asked for, or a square. Raises UsageError.
+    """
+    most = family.max_image_tokens(config)
+    check_edit(request, family)
+    if request.masked:
+        canvas = _canvas(request, family, most)
+        source = to_pixels(canvas.image, dtype, cast_first=False).to(device)
+        how = {"sources": (source,), "cells": torch.from_numpy(canvas.cells)}
+        task = _task("inpaint", *canvas.image.size, request.sampling, defaults, **how)
+        return task, lambda image: composite(canvas.image, image, canvas.mask).crop(canvas.box)
+    fit, pictures = request.fit or family.fits[0], (request.image, *request.references)
+    sizes = [family.fitted_size(picture.size, fit, request.res) for picture in pictures]
+    size = request.size or (sizes[0] if len(sizes) == 1 else (request.res, request.res))
+    for each in {size, *sizes}:
+        _check_tokens(each, most // (1 + len(sizes)), "use a smaller res")  # all of them are in the model at once
+    fitted = (_fitted(picture, fit, to) for picture, to in zip(pictures, sizes, strict=True))
+    sources = tuple(to_pixels(picture, dtype, cast_first=False).to(device) for picture in fitted)
+    return _task("edit", *size, request.sampling, defaults, sources=sources), _unchanged
 
 
-def ask_pixels(image: Image.Image, res: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """(1, 3, res, res): padded to a square, arithmetic in `dtype` as the released script does it."""
-    return to_pixels(pad_square(image, res), dtype, cast_first=True).to(device)
+def check_edit(request: EditRequest, family: Verbs) -> None:
+    """Raises UsageError for what this family's edits cannot do."""
+    if request.masked and "inpaint" not in family.kinds:
+        raise UsageError("this model does not repaint under a mask or around a picture", "edit the whole picture")
+    if len(request.references) >= family.most_sources:
+        given = 1 + len(request.references)
+        raise UsageError(f"{given} pictures given, this model edits {family.most_sources}", "give it fewer")
+    if request.size and family.most_sources == 1:
+        raise UsageError("this model's edits have the shape of their source", "use res, or resize the result")
+    if request.fit and request.fit not in family.fits:
+        raise UsageError(f"fit {request.fit} is not known to this model", f"choose from {', '.join(family.fits)}")
 
 
 def note_doubts(task: Task, side: int) -> None:
@@ -61,7 +79,7 @@ def note_doubts(task: Task, side: int) -> None:
         warnings.warn("a negative prompt has no effect at guidance 1", UnipicWarning, stacklevel=4)
 
 
-def _task(kind: str, width: int, height: int, sampling: Sampling, defaults: Defaults, **source: torch.Tensor) -> Task:
+def _task(kind: str, width: int, height: int, sampling: Sampling, defaults: Defaults, **source: Any) -> Task:
     return Task(
         kind=kind,
         rows=height // PATCH,
@@ -75,18 +93,14 @@ def _task(kind: str, width: int, height: int, sampling: Sampling, defaults: Defa
     )
 
 
-def _fitted_size(size: tuple[int, int], fit: str, res: int) -> tuple[int, int]:
-    return (res, res) if fit == "crop" else fit_area(*size, res)
+def _fitted(image: Image.Image, fit: str, size: tuple[int, int]) -> Image.Image:
+    return center_crop(image, size[0]) if fit == "crop" else resize(image, size)
 
 
-def _fitted(image: Image.Image, fit: str, res: int) -> Image.Image:
-    return center_crop(image, res) if fit == "crop" else resize(image, fit_area(*image.size, res))
-
-
-def _canvas(request: EditRequest, max_tokens: int) -> Canvas:
+def _canvas(request: EditRequest, family: Verbs, max_tokens: int) -> Canvas:
     image, mask, outpaint = request.image, request.mask, request.outpaint
     if request.fit:
-        size = _fitted_size(image.size, request.fit, request.res)
+        size = family.fitted_size(image.size, request.fit, request.res)
         outpaint = outpaint and _scaled(outpaint, image.size, size)
         mask = mask and fit_mask(mask, size, crop=request.fit == "crop")
     else:
@@ -94,7 +108,7 @@ def _canvas(request: EditRequest, max_tokens: int) -> Canvas:
     left, top, right, bottom = outpaint or (0, 0, 0, 0)
     _check_tokens((size[0] + left + right, size[1] + top + bottom), max_tokens, "scale it down with fit keep or crop")
     if request.fit:
-        image = _fitted(image, request.fit, request.res)
+        image = _fitted(image, request.fit, size)
     canvas = pad_to_patch(image, mask, outpaint)
     if not canvas.cells.any():
         raise UsageError(f"after fit {request.fit}, nothing is left to regenerate", "use a larger mask or margin")

@@ -10,9 +10,9 @@ from PIL import Image
 from .device import memory_peak, out_of_memory
 from .errors import BudgetError
 from .noise import PhiloxNoise
+from .picture import to_pixels
 from .precision import true_float32
-from .prepare import ask_pixels
-from .request import PATCH, Answer, AskRequest, CancelToken
+from .request import Answer, AskRequest, CancelToken
 from .room import Room
 from .run import Clock
 from .text import decode_text
@@ -23,11 +23,12 @@ class Reader:
 
     def __init__(self, room: Room, image: Image.Image, requests: Sequence[AskRequest], clock: Clock) -> None:
         """Raises UsageError for questions that are too long."""
-        loaded, self.side = room.loaded, requests[0].res // PATCH
+        loaded = room.loaded
+        self.size = loaded.family.question_size(loaded.config, image.size, requests[0].res)
         self.family, self.model, self.tokens = loaded.family, loaded.model, loaded.tokens
         self.room, self.image, self.clock, self.cache = room, image, clock, None
         self.spare = max(
-            self.family.check_question(loaded.config, self.tokens, self.side**2, r.question, r.max_new_tokens)
+            self.family.check_question(loaded.config, self.tokens, self.size, r.question, r.max_new_tokens)
             for r in requests
         )
 
@@ -85,11 +86,12 @@ class Reader:
 
     @true_float32()
     def _look(self) -> None:
-        loaded, side = self.room.loaded, self.side
+        loaded = self.room.loaded
         with self.clock.stage("condition"):
             loaded.placed.enter("condition")
-            pixels = ask_pixels(self.image, side * PATCH, loaded.device, loaded.dtype)
-            self.cache = self.family.look_to_answer(self.model, self.tokens, pixels, side, side, spare=self.spare)
+            seen = self.family.question_picture(self.image, self.size)
+            pixels = to_pixels(seen, loaded.dtype, cast_first=True).to(loaded.device)
+            self.cache = self.family.look_to_answer(self.model, self.tokens, pixels, spare=self.spare)
 
 
 def answer_all(

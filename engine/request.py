@@ -22,7 +22,7 @@ MAX_SEED = 2**64 - 1
 MAX_IMAGES = 1024  # of one call: prompts x n
 
 CFG_SCHEDULES = ("constant", "linear")
-FITS = ("keep", "crop")
+FITS = ("keep", "crop", "longest")  # of which a model has some
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class EditRequest:
 
     Without a mask the whole picture is edited through the editing prompt. With `mask` (same size as `image`, white
     where to regenerate) or `outpaint` (pixels added left, top, right, bottom) only the masked 16x16 cells are sampled.
+    `references` are further pictures that the instruction speaks of; `size` (width, height) is the result's.
     """
 
     image: "Image.Image"
@@ -100,6 +101,8 @@ class EditRequest:
     mask: "Image.Image | None" = None
     outpaint: tuple[int, int, int, int] | None = None
     fit: str | None = None
+    references: "tuple[Image.Image, ...]" = ()
+    size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -110,8 +113,17 @@ class EditRequest:
         if self.fit is not None:
             _one_of("fit", self.fit, FITS)
         _count(len(self.prompts), self.sampling.n)
+        if self.size is not None:
+            check_size(*self.size)
+        if self.masked and (self.references or self.size):
+            what = "references" if self.references else "size"
+            raise UsageError(f"both {what} and a mask or outpaint given", "edit the whole picture, or without them")
         if self.outpaint is not None:
             self._check_outpaint(self.outpaint)
+
+    @property
+    def masked(self) -> bool:
+        return self.mask is not None or self.outpaint is not None
 
     def _check_outpaint(self, outpaint: tuple[int, int, int, int]) -> None:
         if self.mask is not None:

@@ -1,4 +1,4 @@
-"""One batch through a family's three verbs: condition, sample, decode. Knows no files and no memory budget."""
+"""One batch through a family's verbs: condition, sample, decode. Knows no files and no memory budget."""
 
 import time
 import warnings
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from .loaded import Loaded
 from .picture import to_images
 from .precision import true_float32
 from .request import CancelToken, Event
-from .schedules import Rounds, reveal_rounds
 from .task import Batch, Task
 
 LAST = "decode"  # the stage behind which what was compiled is said; an answer's reader says it at the end
@@ -94,16 +94,6 @@ class Pacer:
             self.events.popleft().synchronize()
 
 
-def plan_rounds(task: Task, batch: Batch) -> Rounds:
-    """Every image's reveal order, drawn before the loop. `task.cells` restricts it to part of the grid."""
-    if task.cells is None:
-        orders = torch.stack([noise.order(task.rows * task.columns) for noise in batch.noises])
-    else:
-        places = task.cells.flatten().nonzero()[:, 0]
-        orders = torch.stack([places[noise.order(len(places))] for noise in batch.noises])
-    return reveal_rounds(orders, task.rows, task.columns, task.steps)
-
-
 @dataclass(frozen=True)
 class Watch:
     """What the caller hears and may say while a batch runs."""
@@ -129,15 +119,18 @@ def run_batch(loaded: Loaded, task: Task, batch: Batch, reuse: Any, clock: Clock
     family, model, placed = loaded.family, loaded.model, loaded.placed
     decode = partial(family.decode, model, rows=task.rows, columns=task.columns, bands=placed.bands)
     watch.cancel.check()
-    with clock.stage("condition"):
-        placed.enter("condition")
-        conditions = family.condition(model, loaded.tokens, task, batch, reuse)
+    conditions = reuse
+    for stage in takewhile(lambda name: name != "sample", family.needs(task.kind)):
+        with clock.stage(stage):
+            placed.enter(stage)
+            conditions = getattr(family, stage)(model, loaded.tokens, task, batch, conditions)
+        watch.cancel.check()
     watch.observe(Event("condition"))
-    rounds = plan_rounds(task, batch).to(clock.device)
-    pacer, total = Pacer(clock.device), len(rounds.rounds)
+    schedule = family.schedule(model.config, task, batch).to(clock.device)
+    pacer, total = Pacer(clock.device), len(schedule)
     with clock.stage("sample"):
         placed.enter("sample")
-        for done, latents in enumerate(family.sample(model, conditions, task, batch, rounds), 1):
+        for done, latents in enumerate(family.sample(model, conditions, task, batch, schedule), 1):
             pacer.tick()
             shown = watch.preview_every and done % watch.preview_every == 0 and done < total
             previews = to_images(to_levels(decode(latents))) if shown else ()

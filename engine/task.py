@@ -12,19 +12,20 @@ from .noise import Noise
 class Task:
     """One call of `generate` or `edit`, without files and without PIL.
 
-    `pixels` (1, 3, H, W) in [-1, 1] is the source of an edit. `cells` (rows, columns) bool marks the tokens to sample
-    when only part of the picture is regenerated; the others keep the source's latents.
+    `sources`, each (1, 3, H, W) in [-1, 1], are what an edit is given, in order; their sizes may differ from each other
+    and from the result's. `cells` (rows, columns) bool marks the tokens to sample when only part of the picture is
+    regenerated; the others keep the source's latents.
     """
 
     kind: str  # "generate", "edit", "inpaint"
-    rows: int  # latent grid
+    rows: int  # of the result, in cells of PATCH pixels
     columns: int
     steps: int
     guidance: float
     cfg_schedule: str
     temperature: float
     negative: str | None = None
-    pixels: Tensor | None = None
+    sources: tuple[Tensor, ...] = ()
     cells: Tensor | None = None
 
 

@@ -22,7 +22,7 @@ class Moment:
 def timeline(asked: Asked, placement: Placement) -> Iterator[Moment]:
     """One batch of it, operation by operation; by a dry run, since what is kept has no order."""
     if asked.task is None:
-        plan = asked.forecast.fresh_answer(asked.side, PROMPT, LIMIT)
+        plan = asked.forecast.fresh_answer(asked.seen, PROMPT, LIMIT)
     else:
         plan = asked.forecast.fresh(asked.task, [PROMPT], placement.at_once)
     names = {(BANDED if name in placement.banded else name): name for name in placement.peaks}

@@ -25,7 +25,7 @@ from .noise import Noise
 from .placing import Placing, release
 from .prepare import Defaults, Finish, note_doubts
 from .reading import Reader, answer_all
-from .request import PATCH, Answer, AskRequest, CancelToken, EditRequest, Event, GenerateRequest, Result
+from .request import Answer, AskRequest, CancelToken, EditRequest, Event, GenerateRequest, Result
 from .room import Room
 from .run import Clock
 from .task import Task
@@ -59,7 +59,7 @@ class Worker:
         self.placing = None if budget is None else Placing(self.loaded, recipe, budget, say or str, reread)
         self.name, self.config, self.quant = name, self.loaded.config, recipe.scheme
         self.device, self.dtype = self.loaded.device, self.loaded.dtype
-        self.attention, self.max_image_tokens = family.attention_backend(model), family.max_image_tokens(self.config)
+        self.family, self.attention = family, family.attention_backend(model)
         self.defaults = Defaults(self.config.rounds, self.config.guidance)
         self.lock = CallLock()
         self._streams: weakref.WeakSet[Generator[str]] = weakref.WeakSet()
@@ -143,7 +143,8 @@ class Worker:
         if self.placing:
             longest = max((r.question for r in requests), key=lambda text: len(loaded.tokens.encode(text)))
             limit = max(r.max_new_tokens for r in requests)
-            room = Room(self.placing.answers(requests[0].res // PATCH, longest, limit), less=self._less)
+            size = loaded.family.question_size(self.config, picture.size, requests[0].res)
+            room = Room(self.placing.answers(size, longest, limit), less=self._less)
         return Reader(room, picture, requests, Clock(self.device))
 
     def _less(self) -> tuple[Loaded, int]:

@@ -10,7 +10,6 @@ from unipic_run import Engine
 from unipic_run.engine import families
 from unipic_run.engine.models.unipic.model import new_cache
 from unipic_run.engine.noise import PhiloxNoise
-from unipic_run.engine.run import plan_rounds
 from unipic_run.engine.task import Batch, Task
 from unipic_run.engine.verbs import Verbs
 
@@ -39,17 +38,17 @@ def parts_that_run(model: torch.nn.Module, work: Callable[[], Any]) -> tuple[set
 def test_needs_are_the_parts_that_run(tiny_engine: Engine) -> None:
     """Residency relies on it. Hooks see calls of a part itself, not of the methods `llm.extend` and `head.sample`."""
     family, model, tokens = tiny_engine.loaded.family, tiny_engine.loaded.model, tiny_engine.loaded.tokens
-    needs = {stage: set(parts) for stage, parts in family.needs.items()}
-    task = Task("edit", 4, 4, 2, 3.0, "constant", 1.0, pixels=torch.zeros(1, 3, 64, 64))
+    needs = {stage: set(parts) for stage, parts in family.needs("edit").items()}
+    task = Task("edit", 4, 4, 2, 3.0, "constant", 1.0, sources=(torch.zeros(1, 3, 64, 64),))
     batch = Batch(["a cat"], [PhiloxNoise(1)])
-    rounds = plan_rounds(task, batch)
+    rounds = family.schedule(model.config, task, batch)
 
     ran, conditions = parts_that_run(model, lambda: family.condition(model, tokens, task, batch))
-    assert ran | {"llm"} == needs["condition"] | needs["encode"]
+    assert ran | {"llm"} == needs["condition"]
     ran, latents = parts_that_run(model, lambda: list(family.sample(model, conditions, task, batch, rounds))[-1])
     assert ran | {"head"} == needs["sample"]
     ran, _ = parts_that_run(model, lambda: family.decode(model, latents, 4, 4))
     assert ran == needs["decode"]
     cache = new_cache(model, 2, model.embed.weight)
     ran, _ = parts_that_run(model, lambda: family.next_logits(model, cache, [1, 2]))
-    assert ran | {"llm"} == needs["answer"]
+    assert ran | {"llm"} == set(family.needs("ask")["answer"])

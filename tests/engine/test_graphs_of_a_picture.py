@@ -8,7 +8,6 @@ from unipic_run.bench.random_model import any_tokens, architecture, fill
 from unipic_run.engine import families, graphs
 from unipic_run.engine.models.unipic import sampler
 from unipic_run.engine.noise import PhiloxNoise
-from unipic_run.engine.run import plan_rounds
 from unipic_run.engine.task import Batch, Task
 
 TASK = Task("generate", 4, 4, steps=3, guidance=3.0, cfg_schedule="linear", temperature=0.9)
@@ -53,7 +52,7 @@ def model(tiny_release, monkeypatch):
 def latents(model, tokens, seed):
     family, batch = families.model("unipic"), Batch([PROMPTS[seed]], [PhiloxNoise(seed)])
     conditions = family.condition(model, tokens, TASK, batch)
-    *_, last = family.sample(model, conditions, TASK, batch, plan_rounds(TASK, batch))
+    *_, last = family.sample(model, conditions, TASK, batch, family.schedule(model.config, TASK, batch))
     return last.clone()
 
 

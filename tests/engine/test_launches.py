@@ -11,7 +11,6 @@ from unipic_run.engine.layers.attention import Attention
 from unipic_run.engine.loaded import Loaded
 from unipic_run.engine.noise import PhiloxNoise
 from unipic_run.engine.plan import META, dry_run, shapes
-from unipic_run.engine.run import plan_rounds
 from unipic_run.engine.task import Batch, Task
 from unipic_run.kernels._op import Launch, interpreted, recording
 
@@ -29,7 +28,7 @@ def latents(model, tokens):
     """(1, 9, 16), after the last round."""
     family, device = families.model("unipic"), model.embed.weight.device
     conditions = family.condition(model, tokens, TASK, BATCH)
-    *_, last = family.sample(model, conditions, TASK, BATCH, plan_rounds(TASK, BATCH).to(device))
+    *_, last = family.sample(model, conditions, TASK, BATCH, family.schedule(model.config, TASK, BATCH).to(device))
     return last
 
 

@@ -11,7 +11,6 @@ from unipic_run.bench.random_model import any_tokens, architecture, fill
 from unipic_run.engine import families, gpus
 from unipic_run.engine.meter import Call, Meter
 from unipic_run.engine.noise import PhiloxNoise
-from unipic_run.engine.run import plan_rounds
 from unipic_run.engine.task import Batch, Task
 from unipic_run.kernels._op import OPERATORS, NotCompiled, interpreted
 from unipic_run.kernels.attention import attention
@@ -169,7 +168,8 @@ def run(model, tokens, device, meter):
         meter.stage = "condition"
         conditions = family.condition(model, tokens, task, batch)
         meter.stage = "sample"
-        for latents in family.sample(model, conditions, task, batch, plan_rounds(task, batch).to(device)):  # noqa: B007
+        schedule = family.schedule(model.config, task, batch).to(device)
+        for latents in family.sample(model, conditions, task, batch, schedule):  # noqa: B007
             pass
         meter.stage = "decode"
         return family.decode(model, latents, 4, 4)

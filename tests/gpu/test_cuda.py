@@ -9,7 +9,7 @@ from PIL import Image
 from unipic_run import Engine
 from unipic_run.bench.parity_watch import Watch
 from unipic_run.engine.noise import PhiloxNoise
-from unipic_run.engine.run import plan_rounds, true_float32
+from unipic_run.engine.precision import true_float32
 from unipic_run.engine.task import Batch, Task
 
 # A kernel that falls back to torch would agree with torch.
@@ -101,7 +101,7 @@ def test_a_round_never_waits_for_the_device(load, dtype, quant, attention):
         for picture in range(3):
             batch = Batch(PROMPTS[:2], [PhiloxNoise(picture), PhiloxNoise(9)])
             conditions = family.condition(loaded.model, loaded.tokens, task, batch)
-            rounds = plan_rounds(task, batch).to(engine.device)
+            rounds = engine.family.schedule(engine.config, task, batch).to(engine.device)
             sampling = family.sample(loaded.model, conditions, task, batch, rounds)
             next(sampling)  # tables go up, and the first round may set libraries up
             torch.cuda.synchronize()

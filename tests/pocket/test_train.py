@@ -98,7 +98,7 @@ def test_training_sees_what_sampling_sees(random_model, tokens, kind):
     """Conditions z of padded prompts of different lengths against those of the sampler, in every round."""
     model, noise = random_model, generator(1, 1)
     pixels = torch.rand(1, 3, 16 * GRID, 16 * GRID, generator=noise) * 2 - 1 if kind == "edit" else None
-    task = Task(kind, GRID, GRID, 5, 1.0, "constant", 1.0, pixels=pixels)
+    task = Task(kind, GRID, GRID, 5, 1.0, "constant", 1.0, sources=() if pixels is None else (pixels,))
     noises = [PhiloxNoise(i) for i in range(len(PROMPTS))]
     rounds = reveal_rounds(torch.stack([each.order(GRID**2) for each in noises]), GRID, GRID, task.steps)
     known = torch.randn(len(PROMPTS), GRID**2, 16, generator=noise)

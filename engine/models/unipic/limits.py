@@ -1,8 +1,11 @@
-"""What fits the LLM's context: checked before any work is done, since nothing fails loudly when it does not fit."""
+"""Sizes of pictures, and what fits the LLM's context: checked before any work, since nothing fails loudly later."""
 
 from collections.abc import Sequence
 
+from PIL import Image
+
 from ...errors import UsageError
+from ...picture import fit_area, pad_square
 from ...request import PATCH
 from ...task import Task
 from ...tokens import Tokens
@@ -15,6 +18,21 @@ PROMPT_ROOM = 512  # positions kept free for a prompt when the largest picture i
 def max_image_tokens(config: UniPicConfig) -> int:
     """The most latent tokens a masked edit can have."""
     return config.llm.max_positions - config.mar.buffer - PROMPT_ROOM
+
+
+def fitted_size(size: tuple[int, int], fit: str, res: int) -> tuple[int, int]:
+    """(width, height) of an edit's source."""
+    return (res, res) if fit == "crop" else fit_area(*size, res)
+
+
+def question_size(config: UniPicConfig, size: tuple[int, int], res: int) -> tuple[int, int]:
+    """(width, height) of the picture that the model sees of one of that size: always a square."""
+    return res, res
+
+
+def question_picture(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Padded to a square, as the released script does it."""
+    return pad_square(image, size[0])
 
 
 def check_prompts(config: UniPicConfig, tokens: Tokens, task: Task, prompts: Sequence[str]) -> None:
@@ -36,12 +54,13 @@ def check_prompts(config: UniPicConfig, tokens: Tokens, task: Task, prompts: Seq
             )
 
 
-def check_question(config: UniPicConfig, tokens: Tokens, picture: int, question: str, limit: int) -> int:
+def check_question(config: UniPicConfig, tokens: Tokens, size: tuple[int, int], question: str, limit: int) -> int:
     """Positions behind the image that a question and its answer may take. Raises UsageError if there are not enough."""
     refuse_placeholder(question)
     before, _, after = turn("ask", question).partition(IMAGE)
     room = len(tokens.encode(after)) + limit
-    used = len(tokens.encode(before)) + picture + config.mar.buffer + room
+    picture = size[0] // PATCH * (size[1] // PATCH) + config.mar.buffer
+    used = len(tokens.encode(before)) + picture + room
     if used > config.llm.max_positions:
         raise UsageError(
             f"picture, question and {limit} new tokens take {used} positions, the model has {config.llm.max_positions}",

@@ -22,12 +22,20 @@ from ...layers.linear import Linear, logits
 from ...layers.qwen2 import Qwen2
 from ...layers.vae import VAEDecoder, VAEEncoder
 from ...layers.vae_bands import decode_in_bands
-from ...schedules import Rounds
+from ...request import PATCH
+from ...schedules import Rounds, reveal_rounds
 from ...task import Batch, Task
 from ...tokens import Tokens
 from .config import UniPicConfig as Config
 from .head import DiffusionHead
-from .limits import check_prompts, check_question, max_image_tokens  # noqa: F401 (the engine asks the family)
+from .limits import (  # noqa: F401 (the engine asks the family)
+    check_prompts,
+    check_question,
+    fitted_size,
+    max_image_tokens,
+    question_picture,
+    question_size,
+)
 from .mar import MarDecoder, MarEncoder, all_visible, buffers_first, buffers_last
 from .prompts import IMAGE, turn, unconditional_turn
 from .sampler import Sampler
@@ -35,13 +43,19 @@ from .sampler import Sampler
 # Of what a stage needs: tables of which it only looks up rows, and stacks whose layers are gone through in order.
 lookups = {"condition": ("embed",)}
 stacks = ("llm", "mar_encoder", "mar_decoder")
-needs = {
-    "encode": ("vae_encoder", "mar_encoder", "proj_in"),
-    "condition": ("embed", "llm"),
-    "sample": ("mar_encoder", "proj_in", "llm", "proj_out", "mar_decoder", "head"),
-    "decode": ("vae_decoder",),
-    "answer": ("embed", "llm"),
-}
+kinds = ("generate", "edit", "inpaint", "ask")
+fits = ("keep", "crop")
+most_sources = 1
+
+
+def needs(kind: str) -> dict[str, tuple[str, ...]]:
+    """Stage by stage, the parts that it runs."""
+    source = () if kind == "generate" else ("vae_encoder", "mar_encoder", "proj_in")
+    condition = (*source, "embed", "llm")
+    if kind == "ask":
+        return {"condition": condition, "answer": ("embed", "llm")}
+    sample = ("mar_encoder", "proj_in", "llm", "proj_out", "mar_decoder", "head")
+    return {"condition": condition, "sample": sample, "decode": ("vae_decoder",)}
 
 
 # Costs the same for equal shapes, so a dry run looks once: modules with * for a layer's number, method.
@@ -131,9 +145,9 @@ class Conditions:
     seen: KVCache | None  # the part all prompts of an edit share: the turn's start and the image
 
 
-def encode(model: UniPic, pixels: Tensor, rows: int, columns: int) -> Source:
-    """pixels (1, 3, 16 rows, 16 columns) in [-1, 1], through the VAE's mean and the MAR encoder with nothing masked."""
-    latents = encode_latents(model, pixels)
+def encode(model: UniPic, pixels: Tensor) -> Source:
+    """pixels (1, 3, H, W) in [-1, 1], through the VAE's mean and the MAR encoder with nothing masked."""
+    latents, (rows, columns) = encode_latents(model, pixels), (side // PATCH for side in pixels.shape[2:])
     x_con = model.mar_encoder(latents, all_visible(latents), model.mar_encoder.positions(rows, columns))
     return Source(latents, x_con, buffers_last(model.proj_in(x_con), model.config.mar.buffer))
 
@@ -166,12 +180,12 @@ def condition(model: UniPic, tokens: Tokens, task: Task, batch: Batch, reuse: Co
 
 def look(model: UniPic, tokens: Tokens, task: Task) -> tuple[Source | None, KVCache | None]:
     """The source of an edit, and the LLM's cache of the prompt up to and with the image."""
-    if task.kind == "inpaint":
-        latents = encode_latents(model, task.pixels)
-        return Source(latents), None
-    if task.pixels is None:
+    if not task.sources:
         return None, None
-    source = encode(model, task.pixels, task.rows, task.columns)
+    (pixels,) = task.sources
+    if task.kind == "inpaint":
+        return Source(encode_latents(model, pixels)), None
+    source = encode(model, pixels)
     return source, read_image(model, tokens, source.features)
 
 
@@ -200,9 +214,9 @@ def as_row(ids: Sequence[int], like: Tensor) -> Tensor:
     return torch.tensor([ids], device=like.device)
 
 
-def look_to_answer(model: UniPic, tokens: Tokens, pixels: Tensor, rows: int, columns: int, spare: int) -> KVCache:
+def look_to_answer(model: UniPic, tokens: Tokens, pixels: Tensor, spare: int) -> KVCache:
     """The cache of an image about which questions follow, with room for `spare` positions."""
-    return read_image(model, tokens, encode(model, pixels, rows, columns).features, spare)
+    return read_image(model, tokens, encode(model, pixels).features, spare)
 
 
 def question_ids(tokens: Tokens, question: str) -> list[int]:
@@ -221,29 +235,43 @@ def new_cache(model: UniPic, capacity: int, like: Tensor, base: KVCache | None =
     return KVCache(c.layers, c.kv_heads, capacity, c.head_dim, like.dtype, like.device, base)
 
 
-def sample(model: UniPic, conditions: Conditions, task: Task, batch: Batch, rounds: Rounds) -> Iterator[Tensor]:
+def schedule(config: Config, task: Task, batch: Batch) -> Rounds:
+    """Every image's reveal order, drawn before the loop. `task.cells` restricts it to part of the grid."""
+    if task.cells is None:
+        orders = torch.stack([noise.order(task.rows * task.columns) for noise in batch.noises])
+    else:
+        places = task.cells.flatten().nonzero()[:, 0]
+        orders = torch.stack([places[noise.order(len(places))] for noise in batch.noises])
+    return reveal_rounds(orders, task.rows, task.columns, task.steps)
+
+
+def latents(config: Config, images: int, rows: int, columns: int) -> tuple[int, ...]:
+    """The shape of what `sample` yields."""
+    return images, rows * columns, config.mar.channels
+
+
+def sample(model: UniPic, conditions: Conditions, task: Task, batch: Batch, schedule: Rounds) -> Iterator[Tensor]:
     """Yield the latent tokens (B, n, 16) after every round; tokens not revealed yet are zero."""
     edited = conditions.source.x_con if task.kind == "edit" else None
     sampler = Sampler(model, conditions.rows, edited, task, batch.noises)
-    shape = (len(batch.noises), rounds.tokens, model.config.mar.channels)
+    shape = latents(model.config, len(batch.noises), task.rows, task.columns)
     tokens = sampler.base.new_zeros(shape)
     if task.kind == "inpaint":
-        known = rounds.rounds[0].visible
+        known = schedule.rounds[0].visible
         index = known[..., None].expand(-1, -1, shape[2])
-        latents = conditions.source.latents.expand(shape)
-        tokens = tokens.scatter(1, index, select_tokens(latents, known))
-    for plan in rounds.rounds:
+        tokens = tokens.scatter(1, index, select_tokens(conditions.source.latents.expand(shape), known))
+    for plan in schedule.rounds:
         tokens = sampler.reveal(tokens, plan)
         yield tokens
 
 
-def decode(model: UniPic, tokens: Tensor, rows: int, columns: int, bands: bool = False) -> Tensor:
+def decode(model: UniPic, latents: Tensor, rows: int, columns: int, bands: bool = False) -> Tensor:
     """Latent tokens (B, n, 16) to pixels (B, 16 rows, 16 columns, 3), about [-1, 1], one image at a time.
 
     The widest maps of the VAE take 1.25 GiB an image at 1024x1024 in bfloat16, and a batch must not multiply that;
     in `bands` of rows a third of it, for a quarter more work.
     """
-    latents = (tokens / model.config.vae_scale).transpose(1, 2).unflatten(2, (rows, columns))
+    maps = (latents / model.config.vae_scale).transpose(1, 2).unflatten(2, (rows, columns))
     whole = partial(decode_in_bands, model.vae_decoder) if bands else model.vae_decoder
-    pixels = torch.cat([whole(image) for image in latents.split(1)])
+    pixels = torch.cat([whole(image) for image in maps.split(1)])
     return pixels.permute(0, 2, 3, 1)
