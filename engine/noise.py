@@ -3,7 +3,7 @@
 A value depends on (seed, stream, position, step) only: not on batch size, device, or how many rounds there are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Protocol
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..kernels.philox import WORD, normals, philox, uniform
 
+Shape = Sequence[int]
+
 
 class Stream(IntEnum):
     """Third word of the Philox counter. Numbers are part of every saved seed: never renumber."""
@@ -19,11 +21,16 @@ class Stream(IntEnum):
     ORDER = 0
     HEAD_START = 1
     HEAD_STEP = 2
+    FLOW_START = 3
+    POSTERIOR = 4
     TEXT = 5
 
 
 class Noise(Protocol):
-    """Randomness of one image. `key`: the counter's, two 32-bit words, or None where all of it is recorded."""
+    """Randomness of one image. `key`: the counter's, two 32-bit words, or None where all of it is recorded.
+
+    A family asks for what it uses; a recording has what the recorded family has used.
+    """
 
     key: tuple[int, int] | None
 
@@ -35,6 +42,12 @@ class Noise(Protocol):
 
     def head_steps(self, index: int, positions: Tensor, channels: int, steps: int) -> Tensor:
         """Noise of every denoising step, in the order taken: (steps, N, channels) float32."""
+
+    def flow_start(self, shape: Shape, device: torch.device) -> Tensor:
+        """Where flow matching starts: (channels, h, w) float32."""
+
+    def posterior(self, index: int, shape: Shape, device: torch.device) -> Tensor:
+        """What the latents of source picture `index` are drawn with: (channels, h, w) float32."""
 
 
 class PhiloxNoise:
@@ -53,17 +66,29 @@ class PhiloxNoise:
     def head_steps(self, index: int, positions: Tensor, channels: int, steps: int) -> Tensor:
         return self.normal(Stream.HEAD_STEP, positions, channels, steps)
 
+    def flow_start(self, shape: Shape, device: torch.device) -> Tensor:
+        return self.map(Stream.FLOW_START, 0, shape, device)
+
+    def posterior(self, index: int, shape: Shape, device: torch.device) -> Tensor:
+        return self.map(Stream.POSTERIOR, index, shape, device)
+
+    def map(self, stream: Stream, step: int, shape: Shape, device: torch.device) -> Tensor:
+        """(channels, h, w) float32; positions are raster positions, so a value depends on the map's width too."""
+        channels, height, width = shape
+        positions = torch.arange(height * width, device=device)
+        return self.normal(stream, positions, channels, 1, first=step)[0].T.unflatten(1, (height, width))
+
     def uniform(self, stream: Stream, step: int) -> float:
         """One number in (0, 1]."""
         zero = torch.zeros(1, dtype=torch.int64)
         return uniform(self.words(zero, zero + step, stream)[0]).item()
 
-    def normal(self, stream: Stream, positions: Tensor, channels: int, steps: int) -> Tensor:
+    def normal(self, stream: Stream, positions: Tensor, channels: int, steps: int, first: int = 0) -> Tensor:
         """(steps, N, channels): four channels a counter, counter (position * groups + group, step, stream, 0)."""
         groups = -(-channels // 4)
         group = torch.arange(groups, device=positions.device)
         element = positions[:, None] * groups + group  # (N, groups)
-        step = torch.arange(steps, device=positions.device)[:, None, None]
+        step = torch.arange(first, first + steps, device=positions.device)[:, None, None]
         return normals(self.words(element, step, stream)).flatten(2)[..., :channels]
 
     def words(self, element: Tensor, step: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -94,7 +119,23 @@ class Tape:
         return _recorded(self._steps, index, (steps, len(positions), channels)).to(positions.device)
 
 
-def _recorded(tensors: Mapping[int, Tensor], index: int, shape: tuple[int, ...]) -> Tensor:
+class FlowTape:
+    """The same of a family that matches flows."""
+
+    key = None
+
+    def __init__(self, start: Tensor, posteriors: Sequence[Tensor] = ()) -> None:
+        """start (channels, h, w); posteriors[index] (channels, h, w) of each source picture."""
+        self._maps = {"start": start} | dict(enumerate(posteriors))
+
+    def flow_start(self, shape: Shape, device: torch.device) -> Tensor:
+        return _recorded(self._maps, "start", tuple(shape)).to(device)
+
+    def posterior(self, index: int, shape: Shape, device: torch.device) -> Tensor:
+        return _recorded(self._maps, index, tuple(shape)).to(device)
+
+
+def _recorded(tensors: Mapping[int | str, Tensor], index: int | str, shape: tuple[int, ...]) -> Tensor:
     if index not in tensors or tensors[index].shape != shape:
         found = tuple(tensors[index].shape) if index in tensors else "nothing"
         raise ValueError(f"the tape holds {found} for round {index}, the request needs {shape}")

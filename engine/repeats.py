@@ -46,10 +46,10 @@ class Mould:
 def once(meter: Meter, model: nn.Module, repeated: Sequence[tuple[str, str]]) -> Iterator[None]:
     """Inside, calls of these methods with equal shapes run once and are counted every time.
 
-    `repeated`: (modules, method), names of modules with `*` for a number. A method returns a tensor or nothing, and of
-    whole numbers among what is bound to a function it is given, such as a layer's, nothing may depend.
+    `repeated`: (modules, method), names of modules with `*` for a number. A method returns a tensor, several or
+    nothing, and of whole numbers among what is bound to a function it is given, such as a layer's, nothing may depend.
     """
-    known: dict[Any, tuple[Span, Mould | None]] = {}
+    known: dict[Any, tuple[Span, Any]] = {}
     wrapped: list[tuple[nn.Module, str]] = []
     names = [name for name, _ in model.named_modules()]
     try:
@@ -66,21 +66,34 @@ def once(meter: Meter, model: nn.Module, repeated: Sequence[tuple[str, str]]) ->
 
 def _counted(
     meter: Meter,
-    known: dict[Any, tuple[Span, Mould | None]],
+    known: dict[Any, tuple[Span, Any]],
     who: Any,
-    run: Callable[..., Tensor | None],
+    run: Callable[..., Any],
     *given: Any,
     **named: Any,
-) -> Tensor | None:
+) -> Any:
     key = meter.stage, who, outline(given), outline(tuple(sorted(named.items())))
     tensors = list(tensors_in(given))
     if key not in known:
         result, span = meter.span(lambda: run(*given, **named))
-        known[key] = span, None if result is None else Mould.taken(result, tensors)
+        known[key] = span, taken(result, tensors)
         return result
     span, mould = known[key]
     meter.repeat(span)
-    return None if mould is None else mould.cast(tensors)
+    return cast(mould, tensors)
+
+
+def taken(result: Any, given: Sequence[Tensor]) -> Any:
+    """The mould of a tensor, those of several, or nothing of nothing."""
+    if isinstance(result, tuple):
+        return tuple(taken(one, given) for one in result)
+    return None if result is None else Mould.taken(result, given)
+
+
+def cast(mould: Any, given: Sequence[Tensor]) -> Any:
+    if isinstance(mould, tuple):
+        return tuple(cast(one, given) for one in mould)
+    return None if mould is None else mould.cast(given)
 
 
 def form(module: nn.Module) -> Any:
