@@ -6,7 +6,7 @@ from a file, and checks them against the tables below.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ...checkpoint import fields
 from ...layers.qwen2 import Qwen2Config
@@ -84,6 +84,7 @@ class DeepGenConfig:
     resolution: int  # default side in pixels
     rounds: int  # default denoising steps
     guidance: float
+    round_inv_freq: ClassVar[bool] = False  # rotary frequencies always stay in float32
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

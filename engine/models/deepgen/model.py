@@ -1,0 +1,249 @@
+"""DeepGen 1.0: a vision-language model that conditions a diffusion transformer, as verbs and one module.
+
+`look` embeds prompts and source pictures, `read` runs the language model, `condition` makes of its states what the
+transformer takes, `sample` denoises, `decode` makes pixels. `needs` says which parts each of them runs: none but the
+transformer is there while it denoises.
+
+Letters: B pictures, K guidance rows of a picture (1 or 2), L tokens of a row, T of the longer of two, C = taps * width
+of the language model, S steps.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ...graphs import Graphs
+from ...layers.attention import Attention
+from ...layers.qwen2 import Qwen2
+from ...layers.vae import VAEDecoder, VAEEncoder
+from ...layers.vae_bands import decode_in_bands
+from ...schedules import FLOW_STEPS
+from ...task import Batch, Task
+from ...tokens import Tokens
+from . import conditioner
+from .conditioner import Grid, PictureCache, Row, as_row, positions, side_by_side, tapped, with_queries
+from .config import DeepGenConfig as Config
+from .connector import Connector
+from .limits import (  # noqa: F401 (the engine asks the family)
+    check_prompts,
+    check_question,
+    fitted_size,
+    max_image_tokens,
+    question_picture,
+    question_size,
+)
+from .mmdit import MMDiT
+from .modulation import Modulation
+from .prompts import IMAGE, PICTURE, SYSTEM, TURN, as_ids, turn, unconditional_turn  # noqa: F401 (IMAGE: as above)
+from .sampler import Guided, Levels, Sampler
+from .vision import VisionTower, as_patches, patches
+
+kinds = ("generate", "edit", "ask")
+fits = ("keep", "longest", "crop")
+most_sources = 8
+lookups = {"look": ("embed",), "condition": ("embed",)}  # the latter of a question
+stacks = ("llm", "vision", "dit")
+# Costs the same for equal shapes, so a dry run looks once.
+repeated = (
+    ("vision.blocks.*", "forward"),
+    ("llm.layers.*", "follow"),
+    ("llm.layers.*", "unattended"),
+    ("dit", "forward"),
+    ("dit.blocks.*", "forward"),
+)
+
+
+def needs(kind: str) -> dict[str, tuple[str, ...]]:
+    """Stage by stage, the parts that it runs."""
+    if kind == "ask":
+        return {"condition": ("embed", "vision", "llm"), "answer": ("embed", "llm")}
+    source = ("vision", "vae_encoder") if kind == "edit" else ()
+    return {
+        "look": ("embed", "connector", *source),  # of the connector the queries
+        "read": ("llm",),
+        "condition": ("connector", "modulation"),
+        "sample": ("dit",),
+        "decode": ("vae_decoder",),
+    }
+
+
+class DeepGen(nn.Module):
+    """The parts by name. `graphs` belong to these weights where they lie."""
+
+    def __init__(self, config: Config, attend: Attention) -> None:
+        super().__init__()
+        self.config, self.graphs = config, Graphs()
+        self.embed = nn.Embedding(config.llm.vocab, config.llm.width)  # tied with the logits
+        self.llm = Qwen2(config.llm, attend, config.round_inv_freq, config.mrope)
+        self.vision = VisionTower(config.vision, attend)
+        self.connector = Connector(config.connector, config.llm.width, attend)
+        self.modulation = Modulation(config.dit)
+        self.dit = MMDiT(config.dit, attend)
+        self.vae_encoder = VAEEncoder(config.vae)
+        self.vae_decoder = VAEDecoder(config.vae)
+
+
+def build(config: Config, attend: Attention | None = None) -> DeepGen:
+    """Uninitialised parts; call under `torch.device("meta")` and let `engine/weights.py` fill them."""
+    return DeepGen(config, attend or Attention())
+
+
+def attention_backend(model: DeepGen) -> str:
+    return model.llm.attend.backend
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A source that the model has looked at, once for all rows."""
+
+    features: Tensor  # (tokens, H) LLM inputs
+    grid: Grid  # rows, columns of these
+    moments: Tensor  # (1, 2 channels, h, w) mean and log variance of its latents
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What is known of a task. `prompts` maps (prompt, negative) to what the transformer takes.
+
+    `inputs`, with their positions, is what the language model has still to read; None is the pad.
+    """
+
+    pictures: tuple[Picture, ...]
+    lengths: Mapping[str, int]  # of every row's text, with the queries
+    inputs: Mapping[str | None, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    states: Mapping[str | None, Tensor] = field(default_factory=dict)  # (1, L, C)
+    prompts: Mapping[tuple[str, str], Guided] = field(default_factory=dict)
+    rows: tuple[tuple[str, str], ...] = ()  # of each picture of the batch, its entry of `prompts`
+
+
+def texts_of(task: Task, batch: Batch) -> list[tuple[str, str]]:
+    """Of each picture its prompt and what is to be avoided, in their templates."""
+    count = len(task.sources)
+    negative = unconditional_turn(task.kind, task.negative, count)
+    return [(turn(task.kind, prompt, count), negative) for prompt in batch.prompts]
+
+
+def look(model: DeepGen, tokens: Tokens, task: Task, batch: Batch, reuse: Conditions | None = None) -> Conditions:
+    """Embed what the language model has not read yet; pictures of `reuse` (an earlier batch of the task) are kept."""
+    pictures = reuse.pictures if reuse else tuple(see(model, pixels) for pixels in task.sources)
+    known, image_token, grids = reuse.states if reuse else {}, model.config.image_token, [x.grid for x in pictures]
+    lengths, inputs, queries = {}, {}, model.connector.queries
+    for pair in dict.fromkeys(texts_of(task, batch)):
+        for text in pair if task.guidance > 1.0 else pair[:1]:
+            if text not in known:
+                row = Row(as_ids(tokens, text, image_token, grids), [x.features for x in pictures], grids)
+                (x,) = with_queries(model.embed, queries, [row], image_token)
+                inputs[text] = x, positions(row, image_token, more=len(queries)).to(x.device)
+        lengths |= {text: len(as_ids(tokens, text, image_token, grids)) + len(queries) for text in pair}
+    if None not in known:
+        inputs[None] = model.embed(as_row([model.config.pad_token], model.embed)), None
+    return Conditions(pictures, lengths, inputs, known)
+
+
+def see(model: DeepGen, pixels: Tensor) -> Picture:
+    """pixels (1, 3, H, W) in [-1, 1], sides multiples of 32."""
+    x, rows, columns = patches(pixels)
+    merge = model.config.vision.merge
+    return Picture(model.vision(x, rows, columns), (rows // merge, columns // merge), model.vae_encoder(pixels))
+
+
+def read(model: DeepGen, tokens: Tokens, task: Task, batch: Batch, seen: Conditions) -> Conditions:
+    """Hidden states of what was embedded, all rows through a layer before the next; states of other rows are kept
+    where this batch has them.
+    """
+    states = {text: x for text, x in seen.states.items() if text is None or text in seen.lengths}
+    if seen.inputs:
+        inputs, at = zip(*seen.inputs.values(), strict=True)
+        config = model.config
+        outputs = side_by_side(model.llm.outputs(inputs, at), tapped(config.llm.layers, config.connector.taps))
+        states |= zip(seen.inputs, outputs, strict=True)
+    return Conditions(seen.pictures, seen.lengths, states=states)
+
+
+def condition(model: DeepGen, tokens: Tokens, task: Task, batch: Batch, reuse: Conditions) -> Conditions:
+    """What the transformer takes of each prompt. Its two rows, and only these, are padded to the same length.
+
+    Pads count even without guidance: they stand in front of a prompt that is shorter than what is to be avoided.
+    """
+    rows, prompts = texts_of(task, batch), {}
+    timesteps = torch.tensor(schedule(model.config, task, batch).sigmas[:-1]) * FLOW_STEPS
+    for pair in dict.fromkeys(rows):
+        longest = max(reuse.lengths[text] for text in pair)
+        states = [reuse.states[text] for text in (pair if task.guidance > 1.0 else pair[:1])]
+        prompts[pair] = guided(model, padded(states, reuse.states[None], longest), timesteps)
+    return Conditions(reuse.pictures, reuse.lengths, {}, reuse.states, prompts, tuple(rows))
+
+
+def padded(states: Sequence[Tensor], pad: Tensor, longest: int) -> Tensor:
+    """States (1, L, C) of rows, and of a pad (1, 1, C) as often as is missing in front: (K, longest, C)."""
+    return torch.cat([torch.cat([pad.expand(1, longest - x.shape[1], -1), x], dim=1) for x in states])
+
+
+def guided(model: DeepGen, states: Tensor, timesteps: Tensor) -> Guided:
+    """States (K, T, C) of a prompt's rows through the connector, and the modulation of all steps (S)."""
+    text, pooled = model.connector(states)
+    return Guided(text, model.modulation(timesteps.to(states.device), pooled))
+
+
+def schedule(config: Config, task: Task, batch: Batch) -> Levels:
+    return Levels.of(task.steps, config.shift)
+
+
+def latents(config: Config, images: int, rows: int, columns: int) -> tuple[int, ...]:
+    """The shape of what `sample` yields."""
+    patch = config.dit.patch
+    return images, config.dit.channels, rows * patch, columns * patch
+
+
+def sample(model: DeepGen, conditions: Conditions, task: Task, batch: Batch, schedule: Levels) -> Iterator[Tensor]:
+    """Yield the clean latents (B, channels, h, w) that each step predicts."""
+    prompts = [conditions.prompts[row] for row in conditions.rows]
+    like, shape = prompts[0].text, latents(model.config, 1, task.rows, task.columns)[1:]
+    references = [posterior(model.config, picture, index, batch) for index, picture in enumerate(conditions.pictures)]
+    sampler = Sampler(model, prompts, references, task.guidance)
+    x = torch.stack([noise.flow_start(shape, like.device) for noise in batch.noises]).to(like.dtype)
+    for step in range(len(schedule)):
+        x, clean = sampler.step(x, schedule, step)
+        yield clean
+
+
+def posterior(config: Config, picture: Picture, index: int, batch: Batch) -> Tensor:
+    """Latents (B, channels, h, w) of a source, drawn anew for every image of the batch from its own noise."""
+    mean, log_variance = picture.moments.float().chunk(2, dim=1)
+    shape, device = mean.shape[1:], mean.device
+    eps = torch.stack([noise.posterior(index, shape, device) for noise in batch.noises])
+    drawn = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * eps
+    return ((drawn - config.vae_shift) * config.vae_scale).to(picture.moments.dtype)
+
+
+def decode(model: DeepGen, latents: Tensor, rows: int, columns: int, bands: bool = False) -> Tensor:
+    """Latents (B, channels, h, w) to pixels (B, H, W, 3), about [-1, 1], one image at a time."""
+    maps = latents / model.config.vae_scale + model.config.vae_shift
+    whole = partial(decode_in_bands, model.vae_decoder) if bands else model.vae_decoder
+    pixels = torch.cat([whole(image) for image in maps.split(1)])
+    return pixels.permute(0, 2, 3, 1)
+
+
+def look_to_answer(model: DeepGen, tokens: Tokens, pixels: Tensor, spare: int) -> PictureCache:
+    """The cache of a picture (1, 3, H, W), sides multiples of 28, with room for `spare` positions behind it."""
+    x, rows, columns = as_patches(pixels)
+    c, grid = model.config, (rows // model.config.vision.merge, columns // model.config.vision.merge)
+    before = SYSTEM + TURN.partition("{}")[0] + PICTURE
+    row = Row(as_ids(tokens, before, c.image_token, [grid]), [model.vision(x, rows, columns)], [grid])
+    like, capacity = model.embed.weight, len(row.ids) + spare
+    cache = PictureCache(c.llm.layers, c.llm.kv_heads, capacity, c.llm.head_dim, like.dtype, like.device)
+    conditioner.prefill(model.llm, model.embed, row, c.image_token, cache)
+    return cache
+
+
+def question_ids(tokens: Tokens, question: str) -> list[int]:
+    """What follows the picture in the prompt of a question."""
+    return tokens.encode(turn("ask", question, 1).partition(PICTURE)[2])
+
+
+def next_logits(model: DeepGen, cache: PictureCache, ids: Sequence[int]) -> Tensor:
+    """Append ids to the cached text; logits (vocab) float32 of the token after them."""
+    return conditioner.next_logits(model.llm, model.embed, cache, ids)
