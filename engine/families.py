@@ -1,5 +1,7 @@
 """The model families, one row each. A new family is one folder under models/ and one row here."""
 
+import fnmatch
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -21,8 +23,17 @@ class Family:
     licence: str
     card: str
     note: str
+    # Of a repository, as patterns of file names: what shows that it holds weights of this family, and what of it is
+    # fetched. Weights and data only: no code, nothing that the model does not use.
+    shown_by: str
+    wanted: tuple[str, ...]
+    unwanted: tuple[str, ...]
 
 
+UNTRIED = (
+    "the released weights were never run by us: the arithmetic is checked against recorded runs of the original code "
+    "with small random weights"
+)
 FAMILIES = {
     "unipic": Family(
         name="unipic",
@@ -33,8 +44,34 @@ FAMILIES = {
         licence="MIT, says the authors' code repository; the language model inside is Qwen2.5-1.5B (Apache-2.0). "
         "The model page has the last word",
         card="https://huggingface.co/Skywork/Skywork-UniPic-1.5B",
-        note="the released weights were never run by us: the arithmetic is checked against recorded runs of the "
-        "original code with small random weights",
+        note=UNTRIED,
+        shown_by="*pytorch_model.bin",
+        wanted=(
+            *(f"{where}{name}" for where in ("", "*/") for name in ("pytorch_model.bin", "kl16.ckpt")),
+            "*tiny_config.json",
+            *(f"{where}Qwen*/{kind}" for where in ("", "*/") for kind in ("*.json", "*.txt")),
+        ),
+        unwanted=("*siglip*", "*Qwen*/*.bin"),
+    ),
+    "deepgen": Family(
+        name="deepgen",
+        package="deepgen",
+        config="DeepGenConfig",
+        hub="deepgenteam/DeepGen-1.0-diffusers",
+        revision="main",
+        licence="Apache-2.0, says the model page; but inside are Qwen2.5-VL-3B-Instruct (Qwen Research License: no "
+        "commercial use) and a descendant of Stable Diffusion 3.5 Medium (Stability AI Community License), whose terms "
+        "you have to keep as well",
+        card="https://huggingface.co/deepgenteam/DeepGen-1.0-diffusers",
+        note=UNTRIED,
+        shown_by="connector/*.safetensors",
+        wanted=(
+            *(f"{name}/*.safetensors" for name in ("transformer", "connector", "vae", "vlm")),
+            *(f"{name}/*.json" for name in ("connector", "vae", "vlm", "scheduler", "tokenizer")),
+            *(f"{name}/merges.txt" for name in ("tokenizer", "vlm")),
+            "prompt_template.json",
+        ),
+        unwanted=(),
     ),
 }
 
@@ -49,6 +86,17 @@ def get(name: str) -> Family:
     if name not in FAMILIES:
         raise UsageError(f"there is no model family {name!r}", f"known: {', '.join(FAMILIES)}")
     return FAMILIES[name]
+
+
+def of_files(names: Iterable[str]) -> Family | None:
+    """The family of a repository with these files."""
+    names = [*names]
+    return next((family for family in FAMILIES.values() if fnmatch.filter(names, family.shown_by)), None)
+
+
+def of_released(folder: Path) -> Family | None:
+    """The family whose released layout a folder has."""
+    return next((family for family in FAMILIES.values() if released(family.name).is_released(folder)), None)
 
 
 def model(name: str) -> Any:

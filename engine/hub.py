@@ -22,6 +22,7 @@ from .pins import Pin
 Say = Callable[[str], None]
 
 SHOWN = 3  # models that a message names
+MAIN = "main"  # the branch of a repository that is no family's own
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
@@ -176,7 +177,7 @@ def _from_folder(folder: Path, job: _Job) -> Path:
     if is_converted(folder):
         job.check(folder)
         return folder
-    family = next((name for name in families.FAMILIES if families.released(name).is_released(folder)), None)
+    family = families.of_released(folder)
     if family is None:
         raise ModelMissingError(f"{folder} holds neither a converted nor a released checkpoint", works_now())
     path = folder.resolve()
@@ -184,28 +185,31 @@ def _from_folder(folder: Path, job: _Job) -> Path:
     name = re.sub(r"[^\w.-]", "_", path.name)
     dst = models_folder() / f"local-{name}-{key}"
     found = job.whole(dst)
-    if found is None or not is_made_of(found, state(folder, family)):
+    if found is None or not is_made_of(found, state(folder, family.name)):
         job.say(f"converting {folder} {'again, since it has changed' if found else 'once'}, into {dst}")
-        job.convert(folder, dst, family)
+        job.convert(folder, dst, family.name)
     return dst
 
 
 def _from_hub(repo: str, revision: str | None, offline: bool, job: _Job) -> Path:
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    family = next((f for f in families.FAMILIES.values() if f.hub == repo), families.FAMILIES["unipic"])
+    known = pins.of_repo(repo)
     pin_file = cache_root() / "pins" / f"{_slug(repo)}.json"
     old = pin = pins.read(pin_file)
     suspect = False
     if not _stays(pin, revision, offline):
-        pin = _or_say(pins.find_cached if offline else pins.ask_hub, repo, revision or family.revision)
+        branch = revision or (known.revision if known else MAIN)
+        pin = _or_say(pins.find_cached if offline else pins.ask_hub, repo, branch)
     elif not pin.files and not offline:  # found in a cache that kept no hashes: nothing has been compared so far
         pin = pins.with_hashes(pin)
         suspect = not pins.is_genuine(pin)
     dst = models_folder() / f"{_slug(repo)}@{pin.commit[:12]}"
     if suspect or job.whole(dst) is None:
+        family = known or families.of_files(pin.files) or families.FAMILIES["unipic"]
         licence = _origin({"hub": pin.to_json()}, family)[1]
         job.say(f"fetching {repo} at commit {pin.commit[:12]} (licence: {licence}; {family.note})")
         snapshot = _or_say(pins.fetch, pin, offline, job.on_progress)
+        family = families.of_released(snapshot) or family  # a pin without hashes does not tell it
         job.say(f"converting it once, into {dst}")
         try:
             job.convert(snapshot, dst, family.name, {"hub": pin.to_json()})

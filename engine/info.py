@@ -53,15 +53,16 @@ def checkpoint_info(folder: Path) -> dict[str, Any]:
             "licence": row.licence,
             "note": row.note,
         }
-    name = next((name for name in families.FAMILIES if families.released(name).is_released(folder)), None)
-    if name is None:
+    family = families.of_released(folder)
+    if family is None:
         raise ModelMissingError(f"{folder} holds neither a converted nor a released checkpoint", hub.works_now())
-    with families.released(name).Released(folder) as found:
+    released = families.released(family.name)
+    with released.Released(folder) as found:
         sizes = [math.prod(tensor.shape) for tensor in found.tensors.values()]
         types = [str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values()]
-        nbytes = sum(path.stat().st_size for path in families.released(name).files(folder))
-        described = _described(folder, "released", families.get(name), found.config, sizes, types, nbytes)
-        return described | {"card": families.get(name).card}
+        nbytes = sum(path.stat().st_size for path in released.files(folder))
+        described = _described(folder, "released", family, found.config, sizes, types, nbytes)
+        return described | {"card": family.card}
 
 
 def on_disk(model: str) -> list[Path]:

@@ -9,14 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from . import families
 from .checkpoint import manifest
 from .checkpoint.manifest import Progress
 from .errors import CorruptWeightsError, ModelMissingError, OutputError
-
-# Weights and data files only: no code, no unused vision tower, no base weights of the language model.
-WANTED = ["pytorch_model.bin", "*/pytorch_model.bin", "kl16.ckpt", "*/kl16.ckpt", "*tiny_config.json"]
-WANTED += [f"{where}Qwen*/{kind}" for where in ("", "*/") for kind in ("*.json", "*.txt")]
-UNWANTED = ["*siglip*", "*Qwen*/*.bin"]
+from .families import Family
 
 # The hub library's errors by class name, the more special one first: why, and what helps (in our words).
 _NO_NETWORK = ("the hub cannot be reached, {kind}", "check the network")
@@ -82,14 +79,15 @@ def ask_hub(repo: str, revision: str) -> Pin:
         raise _unreachable(repo, revision, error) from None
     found = {sibling.rfilename: sibling for sibling in info.siblings or []}
     files = {}
-    for name in filter_repo_objects(found, allow_patterns=WANTED, ignore_patterns=UNWANTED):
+    for name in filter_repo_objects(found, **_patterns(families.of_files(found))):
         entry = found[name]
         known = {"sha256": entry.lfs.sha256} if entry.lfs else {"git": entry.blob_id}
         files[name] = {"size": entry.size, **known}
     pin = Pin(repo, revision, str(info.sha), files)
     _check(pin)
-    if not any(name.endswith("pytorch_model.bin") for name in files):
-        raise ModelMissingError(f"{repo} at {revision} holds no pytorch_model.bin", "name a repository that does")
+    if families.of_files(files) is None:
+        known = " and no ".join(family.shown_by.lstrip("*") for family in families.FAMILIES.values())
+        raise ModelMissingError(f"{repo} at {revision} holds no {known}", "name a repository that does")
     return pin
 
 
@@ -98,7 +96,7 @@ def find_cached(repo: str, revision: str) -> Pin:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, **_patterns()))
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, **_patterns(of_repo(repo))))
     except Exception as error:
         raise _unreachable(repo, revision, error, offline=True) from None
     files: dict[str, dict[str, Any]] = {}
@@ -142,7 +140,7 @@ def fetch(pin: Pin, offline: bool, on_progress: Progress | None = None) -> Path:
             local_files_only=offline,
             endpoint=_endpoint(),
             tqdm_class=_progress_bar(total, on_progress),
-            **_patterns(),
+            **_patterns(of_repo(pin.repo) or families.of_files(pin.files)),
         )
     except OSError as error:
         if error.errno is not None and not isinstance(error, ConnectionError) and not hasattr(error, "response"):
@@ -184,8 +182,18 @@ def _endpoint() -> str | None:
     return os.environ.get("HF_ENDPOINT") or None
 
 
-def _patterns() -> dict[str, Any]:
-    return {"allow_patterns": WANTED, "ignore_patterns": UNWANTED}
+def of_repo(repo: str) -> Family | None:
+    """The family whose own weights a repository holds."""
+    return next((family for family in families.FAMILIES.values() if family.hub == repo), None)
+
+
+def _patterns(family: Family | None) -> dict[str, Any]:
+    """What is fetched, of whatever family where that is not known."""
+    known = families.FAMILIES.values() if family is None else (family,)
+    return {
+        "allow_patterns": [pattern for each in known for pattern in each.wanted],
+        "ignore_patterns": [pattern for each in known for pattern in each.unwanted],
+    }
 
 
 def pull_command(repo: str) -> str:

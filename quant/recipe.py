@@ -21,6 +21,8 @@ class Rotation:
     writers: tuple[str, ...]  # modules whose outputs enter the stream or are added to it
     readers: tuple[tuple[str, str], ...]  # (RMSNorm of the stream, the linear module that reads it)
     last: str  # the norm in front of the logits
+    rows: tuple[str, ...] = ()  # parameters whose rows enter the stream like the table's
+    taps: tuple[str, ...] = ()  # linear modules that read it without a norm, one state or several side by side
 
 
 @dataclass(frozen=True)

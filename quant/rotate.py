@@ -6,7 +6,8 @@ with Q, since |x'| = |x|, so nothing is computed at run time:
 
     writers   y = W u + b,               W' = Q^T W,         b' = b Q
     readers   y = W (g * norm(x)) + b,   W' = W diag(g) Q,   g' = 1
-    table     rows are read as x,        E' = E Q
+    table     rows are read as x,        E' = E Q                   and other rows that are
+    taps      y = W [x1 x2 ...] + b,     W' = W diag(Q, Q, ...)
     logits    E (g * norm(x)),           E' M norm(x'),      M = Q^T diag(g) Q
 
 M exists because the one table serves both ends; it costs D^2 for each token of an answer and nothing for a picture.
@@ -116,22 +117,26 @@ class Folding:
             for norms, linears in rotation.readers
             for pair in zip(expand(norms, modules), expand(linears, modules), strict=True)
         ]
-        self.table, self.last = f"{rotation.table}.weight", f"{rotation.last}.weight"
+        self.last = f"{rotation.last}.weight"
+        self.rows = {f"{rotation.table}.weight", *rotation.rows}
+        self.taps = {f"{name}.weight" for pattern in rotation.taps for name in expand(pattern, modules)}
         self.mix = f"{rotation.table}.mix"
         self.written = {f"{name}.{kind}" for name in writers for kind in ("weight", "bias")}
         self.gains = {f"{reader}.weight": f"{norm}.weight" for norm, reader in pairs}
         self.norms = {*self.gains.values(), self.last}
 
     def changes(self, name: str) -> bool:
-        return name == self.table or name in self.written or name in self.gains or name in self.norms
+        return any(name in names for names in (self.rows, self.taps, self.written, self.gains, self.norms))
 
     def __call__(self, name: str, tensor: Tensor, gains: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors that a stored one becomes; float32 where they changed, and not rounded yet.
 
         `gains`: the stored weights of `norms`.
         """
-        if name == self.table:
+        if name in self.rows:
             return {name: rotate(tensor)}
+        if name in self.taps:
+            return {name: rotate(wide(tensor).unflatten(1, (-1, len(gains[self.last])))).flatten(1)}
         if name in self.written:
             return {name: rotate(wide(tensor).T).T if tensor.dim() == 2 else rotate(wide(tensor))}
         if name in self.gains:
