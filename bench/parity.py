@@ -1,10 +1,12 @@
 """Replay a folder of recorded reference runs and compare every tensor.
 
     python bench/parity.py tests/data/goldens/unipic1 --checkpoint tests/data/unipic-tiny
+    python bench/parity.py ../shared/goldens/deepgen
     python bench/parity.py DIR [--device cuda] [--case NAME] [--json]
     python bench/parity.py DIR --quant int8 [--attn int8-qk]
 
-DIR holds `cases/` and, unless --checkpoint names another folder, `checkpoint/`. Cases are told by what their files say,
+DIR holds `cases/` and, unless --checkpoint names another folder, `checkpoint/`; or else `weights/` and `tokenizer/`, of
+which a checkpoint is put together. Cases are told by what their files say,
 never by their names. A line a case, one JSON line last; exit status 1 on any miss, and when there is no case. In fewer
 bits the error of every tensor stands beside float32's, and only what is far off is a miss (bench/parity_rough.py).
 """
@@ -26,10 +28,13 @@ import torch
 from unipic_run.bench.checkout import require_this_checkout
 from unipic_run.bench.parity_bf16 import replay_bf16
 from unipic_run.bench.parity_case import Case, read_cases
+from unipic_run.bench.parity_deepgen import assemble, replay_deepgen
+from unipic_run.bench.parity_deepgen_units import replay_deepgen_units
 from unipic_run.bench.parity_ledger import Ledger
 from unipic_run.bench.parity_question import replay_question
 from unipic_run.bench.parity_rough import How, beside, nothing_to_see, roughly
 from unipic_run.bench.parity_runs import replay_images
+from unipic_run.bench.parity_unipic2 import replay_kontext, replay_metaquery
 from unipic_run.bench.parity_units import (
     replay_mask_schedule,
     replay_preprocess,
@@ -52,8 +57,13 @@ REPLAY: dict[str, Callable[[Engine, Case], Ledger]] = {
     "rope": replay_rope,
     "tokenizer": replay_tokenizer,
     "mask_schedule": replay_mask_schedule,
+    "deepgen": replay_deepgen,
+    "deepgen_units": replay_deepgen_units,
+    "unipic2_metaquery": replay_metaquery,
+    "unipic2_kontext": replay_kontext,
 }
-Load = Callable[..., Engine]  # of dtype, quant, attention
+OTHER_VLM = {"unipic2_metaquery": "vlm_base"}  # kinds whose language model is another one of those recorded
+Load = Callable[..., Engine]  # of dtype, quant, attention, vlm
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,8 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
         left = {name: reason for name, case in chosen.items() if (reason := nothing_to_see(case))}
         chosen = {name: roughly(case) for name, case in chosen.items() if name not in left}
     reports: dict[str, Any] = {}
-    checkpoint, device = options.checkpoint or options.folder / "checkpoint", str(as_device(options.device))
-    with one_thread(), engines(checkpoint, device) as load:
+    device = str(as_device(options.device))
+    with one_thread(), engines(options.folder, options.checkpoint, device) as load:
         if chosen:
             load("fp32")  # a checkpoint that does not load is one error, not one a case
         for name, case in chosen.items():
@@ -86,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="parity", description="Replay recorded reference runs and compare them.")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="holds cases/ and checkpoint/")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="holds cases/, and checkpoint/ or weights/")
     parser.add_argument("--checkpoint", type=Path, help="instead of DIR/checkpoint")
     parser.add_argument("--case", help="replay only this one")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
@@ -98,16 +108,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 @contextmanager
-def engines(checkpoint: Path, device: str) -> Iterator[Load]:
-    """Engines by dtype, quant and attention, each loaded when first asked for; converts into a temporary cache."""
+def engines(recorded: Path, checkpoint: Path | None, device: str) -> Iterator[Load]:
+    """Engines by dtype, quant, attention and which of the recorded language models, each loaded when first asked for;
+    converts into a temporary cache.
+    """
     before = os.environ.get("UNIPIC_RUN_CACHE")
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="unipic-parity-"))
 
         @cache
-        def load(dtype: str, quant: str | None = None, attention: str = "sdpa") -> Engine:
+        def load(dtype: str, quant: str | None = None, attention: str = "sdpa", vlm: str = "vlm") -> Engine:
             how = {"dtype": dtype, "quant": quant, "attention": attention}
-            return stack.enter_context(Engine.from_pretrained(checkpoint, device=device, **how))
+            return stack.enter_context(Engine.from_pretrained(found(vlm), device=device, **how))
+
+        @cache
+        def found(vlm: str) -> Path:
+            if checkpoint or not (recorded / "weights").is_dir():
+                return checkpoint or recorded / "checkpoint"
+            return assemble(recorded, Path(folder) / vlm, vlm)
 
         os.environ["UNIPIC_RUN_CACHE"] = folder
         try:
@@ -137,10 +155,11 @@ def replay(load: Load, case: Case, cases: dict[str, Case], how: How) -> dict[str
                 return replay_bf16(load("bf16"), case, cases[case.settings["inputs_from"]]).report()
             if case.kind not in REPLAY:
                 raise ValueError(f"cases of kind {case.kind!r} are not known")
-            report = REPLAY[case.kind](load("fp32"), case).report()
+            which = {"vlm": OTHER_VLM.get(case.kind, "vlm")}
+            report = REPLAY[case.kind](load("fp32", **which), case).report()
             if not how.rough:
                 return report
-            return beside(REPLAY[case.kind](load("fp32", how.quant, how.attention), case).report(), report)
+            return beside(REPLAY[case.kind](load("fp32", how.quant, how.attention, **which), case).report(), report)
     except Exception as error:
         traceback.print_exc()
         return Ledger({}).report() | {"failures": [f"{type(error).__name__}: {error}"]}

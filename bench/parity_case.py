@@ -1,4 +1,4 @@
-"""The files of a folder of recorded runs: `cases/NAME.json` with settings, `NAME.safetensors` with tensors."""
+"""The files of recorded runs, in `cases` and `unit`: NAME.json with settings, NAME.safetensors with tensors."""
 
 import json
 from dataclasses import dataclass
@@ -8,6 +8,15 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 from unipic_run.bench.parity_ledger import Ledger
+
+
+# What cases hold that do not say their kind.
+BY_TENSOR = {
+    "scb_in": "deepgen",
+    "query_hidden": "unipic2_metaquery",
+    "prompt_embeds": "unipic2_kontext",
+    "pad.scb_row": "deepgen_units",
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,9 @@ class Case:
     def kind(self) -> str:
         """The recorded kind; the two lists have none and are known by what their entries hold."""
         if isinstance(self.settings, dict):
-            return self.settings.get("kind", "unknown")
+            return self.settings.get("kind") or next(
+                (BY_TENSOR[name] for name in BY_TENSOR if name in self.tensors), "unknown"
+            )
         first = self.settings[0] if self.settings else {}
         if "ids" in first:
             return "tokenizer"
@@ -46,10 +57,10 @@ class Case:
 
 
 def read_cases(folder: Path) -> dict[str, Case]:
-    """Every case of `folder` (the one that holds `cases/`) by name; tensors without settings make a case too."""
-    cases = folder / "cases"
-    names = sorted({path.stem for path in cases.glob("*") if path.suffix in (".json", ".safetensors")})
-    return {name: _read(cases, name) for name in names}
+    """Every case of `folder`, which holds `cases` or `unit`, by name; tensors without settings make a case too."""
+    paths = [path for name in ("cases", "unit") for path in (folder / name).glob("*")]
+    found = {path.stem: path.parent for path in paths if path.suffix in (".json", ".safetensors")}
+    return {name: _read(found[name], name) for name in sorted(found)}
 
 
 def _read(folder: Path, name: str) -> Case:

@@ -12,6 +12,7 @@ EXACT = 0.0
 NETWORK = 2e-4  # absolute: intermediates, tokens, images, logits
 UNIT = 5e-5  # absolute: single modules, preprocessed pixels
 TABLE = 1e-12  # relative: float64 constants
+SCALED = 1e-4  # of the largest value: every tensor of a record that says so
 INFORMATIVE = math.inf  # reported, whatever it is
 OFF_BY_ONE = 0.005  # share of 8-bit values that may be one level off, none more
 
@@ -51,11 +52,18 @@ class Ledger:
         recorded = self.recorded[name] if recorded is None else recorded
         self.checks[name] = _difference(ours, recorded, TABLE, relative=True)
 
-    def compare_levels(self, name: str, ours: Tensor, recorded: Tensor) -> None:
+    def compare_scaled(self, name: str, ours: Any, recorded: Any = None, tolerance: float = SCALED) -> None:
+        """Largest absolute error in units of the largest recorded value."""
+        recorded = self.recorded[name] if recorded is None else recorded
+        error = _difference(ours, recorded, tolerance, relative=False)
+        largest = _wide(recorded).abs().max().item() if error.note != "empty" else 1.0
+        self.limit(name, error.error / (largest or 1.0), tolerance, error.note)
+
+    def compare_levels(self, name: str, ours: Tensor, recorded: Tensor, share_off: float = OFF_BY_ONE) -> None:
         """8-bit pictures: the share of values that are off, infinite if any is off by more than one level."""
         levels = _difference(ours, recorded, 1.0, relative=False)
         share = (ours != recorded).double().mean().item() if levels.passed else math.inf
-        self.limit(name, share, OFF_BY_ONE, levels.note or f"share of values that are off, by {levels.error:g} level")
+        self.limit(name, share, share_off, levels.note or f"share of values that are off, by {levels.error:g} level")
 
     def limit(self, name: str, error: float, tolerance: float, note: str = "") -> None:
         """A distance that was measured elsewhere."""
