@@ -51,7 +51,7 @@ class Sampling:
             _number("guidance", self.guidance, 0.0, 1000.0)
         _number("temperature", self.temperature, 0.0, 100.0)
         _one_of("cfg_schedule", self.cfg_schedule, CFG_SCHEDULES)
-        if self.negative is not None:
+        if self.negative:  # an empty one is a wish, too
             _text("negative prompt", self.negative)
 
 

@@ -8,7 +8,7 @@ Letters: B pictures, K guidance rows of a picture (1 or 2), L tokens of a row, T
 of the language model, S steps.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,6 +20,7 @@ from ...layers.attention import Attention
 from ...layers.qwen2 import Qwen2
 from ...layers.vae import VAEDecoder, VAEEncoder
 from ...layers.vae_bands import decode_in_bands
+from ...noise import Noise
 from ...schedules import FLOW_STEPS
 from ...task import Batch, Task
 from ...tokens import Tokens
@@ -130,17 +131,28 @@ def look(model: DeepGen, tokens: Tokens, task: Task, batch: Batch, reuse: Condit
     """Embed what the language model has not read yet; pictures of `reuse` (an earlier batch of the task) are kept."""
     pictures = reuse.pictures if reuse else tuple(see(model, pixels) for pixels in task.sources)
     known, image_token, grids = reuse.states if reuse else {}, model.config.image_token, [x.grid for x in pictures]
-    lengths, inputs, queries = {}, {}, model.connector.queries
+    lengths, inputs = {}, {}
     for pair in dict.fromkeys(texts_of(task, batch)):
         for text in pair if task.guidance > 1.0 else pair[:1]:
             if text not in known:
-                row = Row(as_ids(tokens, text, image_token, grids), [x.features for x in pictures], grids)
-                (x,) = with_queries(model.embed, queries, [row], image_token)
-                inputs[text] = x, positions(row, image_token, more=len(queries)).to(x.device)
-        lengths |= {text: len(as_ids(tokens, text, image_token, grids)) + len(queries) for text in pair}
+                inputs[text] = embedded(model, as_ids(tokens, text, image_token, grids), pictures)
+        more = model.config.connector.queries
+        lengths |= {text: len(as_ids(tokens, text, image_token, grids)) + more for text in pair}
     if None not in known:
-        inputs[None] = model.embed(as_row([model.config.pad_token], model.embed)), None
+        inputs[None] = pad(model)
     return Conditions(pictures, lengths, inputs, known)
+
+
+def embedded(model: DeepGen, ids: Sequence[int], pictures: Sequence[Picture]) -> tuple[Tensor, Tensor]:
+    """What the language model reads of a prompt (1, L, H), with the queries behind it, and at which positions."""
+    row, queries = Row(ids, [x.features for x in pictures], [x.grid for x in pictures]), model.connector.queries
+    (x,) = with_queries(model.embed, queries, [row], model.config.image_token)
+    return x, positions(row, model.config.image_token, more=len(queries)).to(x.device)
+
+
+def pad(model: DeepGen) -> tuple[Tensor, None]:
+    """A pad (1, 1, H), which attends to nothing: all pads are alike, wherever they stand."""
+    return model.embed(as_row([model.config.pad_token], model.embed)), None
 
 
 def see(model: DeepGen, pixels: Tensor) -> Picture:
@@ -156,11 +168,14 @@ def read(model: DeepGen, tokens: Tokens, task: Task, batch: Batch, seen: Conditi
     """
     states = {text: x for text, x in seen.states.items() if text is None or text in seen.lengths}
     if seen.inputs:
-        inputs, at = zip(*seen.inputs.values(), strict=True)
-        config = model.config
-        outputs = side_by_side(model.llm.outputs(inputs, at), tapped(config.llm.layers, config.connector.taps))
-        states |= zip(seen.inputs, outputs, strict=True)
+        states |= zip(seen.inputs, states_of(model, seen.inputs.values()), strict=True)
     return Conditions(seen.pictures, seen.lengths, states=states)
+
+
+def states_of(model: DeepGen, inputs: Iterable[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    """Of rows (1, L, H) at their positions, or of a pad at none, what the connector reads: (1, L, C)."""
+    rows, at = zip(*inputs, strict=True)
+    return side_by_side(model.llm.outputs(rows, at), tapped(model.config.llm.layers, model.config.connector.taps))
 
 
 def condition(model: DeepGen, tokens: Tokens, task: Task, batch: Batch, reuse: Conditions) -> Conditions:
@@ -202,7 +217,8 @@ def sample(model: DeepGen, conditions: Conditions, task: Task, batch: Batch, sch
     """Yield the clean latents (B, channels, h, w) that each step predicts."""
     prompts = [conditions.prompts[row] for row in conditions.rows]
     like, shape = prompts[0].text, latents(model.config, 1, task.rows, task.columns)[1:]
-    references = [posterior(model.config, picture, index, batch) for index, picture in enumerate(conditions.pictures)]
+    pictures = enumerate(conditions.pictures)
+    references = [posterior(model.config, picture, index, batch.noises) for index, picture in pictures]
     sampler = Sampler(model, prompts, references, task.guidance)
     x = torch.stack([noise.flow_start(shape, like.device) for noise in batch.noises]).to(like.dtype)
     for step in range(len(schedule)):
@@ -210,11 +226,11 @@ def sample(model: DeepGen, conditions: Conditions, task: Task, batch: Batch, sch
         yield clean
 
 
-def posterior(config: Config, picture: Picture, index: int, batch: Batch) -> Tensor:
-    """Latents (B, channels, h, w) of a source, drawn anew for every image of the batch from its own noise."""
+def posterior(config: Config, picture: Picture, index: int, noises: Sequence[Noise]) -> Tensor:
+    """Latents (B, channels, h, w) of source `index`, drawn anew for every image of a batch from its own noise."""
     mean, log_variance = picture.moments.float().chunk(2, dim=1)
     shape, device = mean.shape[1:], mean.device
-    eps = torch.stack([noise.posterior(index, shape, device) for noise in batch.noises])
+    eps = torch.stack([noise.posterior(index, shape, device) for noise in noises])
     drawn = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * eps
     return ((drawn - config.vae_shift) * config.vae_scale).to(picture.moments.dtype)
 
