@@ -130,8 +130,8 @@ class LongestPrompts:
     def __init__(self, tokens: Any, longest: int) -> None:
         self.tokens, self.longest = tokens, longest
 
-    def encode(self, text: str) -> list[int]:
-        around = self.tokens.encode(text.replace(PROMPT, ""))
+    def encode(self, text: str, by: str = "") -> list[int]:
+        around = self.tokens.encode(text.replace(PROMPT, ""), by)
         return around + [0] * (self.longest * (PROMPT in text))
 
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back (byte-level BPE from a folder's tokenizer.json)."""
+"""Text to token ids and back, by a folder's tokenizer.json, and to ids by others that may be beside it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +10,14 @@ from .errors import CorruptWeightsError
 
 
 class Tokens:
-    """A tokenizer to which one image placeholder is added as a special token."""
+    """A tokenizer to which one image placeholder is added as a special token, and `tokenizer_2.json` and so on."""
 
     def __init__(self, path: Path, image_text: str, image_token: int) -> None:
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception for anything wrong with the file
+            others = {place.stem.rpartition("_")[2]: place for place in path.parent.glob("tokenizer_[0-9].json")}
+            self.others = {name: Tokenizer.from_file(str(place)) for name, place in others.items()}
+        except Exception as error:  # the library raises plain Exception for anything wrong with a file
             raise CorruptWeightsError(f"cannot read {path} ({error})", "fetch or convert the model again") from error
         self.tokenizer.add_special_tokens([image_text])
         found = self.tokenizer.token_to_id(image_text)
@@ -25,8 +27,10 @@ class Tokens:
                 "use the tokenizer that belongs to the model",
             )
 
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, by: str = "") -> list[int]:
+        """`by`: the number of another tokenizer."""
+        tokenizer = self.others[by] if by else self.tokenizer
+        return tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=not keep_special)

@@ -1,4 +1,4 @@
-"""A released checkpoint -> our folder: `config.json`, safetensors shards, `tokenizer.json`, `manifest.json`.
+"""A released checkpoint -> our folder: `config.json`, safetensors shards, tokenizers, `manifest.json`.
 
 One pass, tensor by tensor, types kept. The shards are planned from shapes alone and their headers written first, so
 memory holds one tensor part at a time; parts of a fused tensor simply follow each other in the file, in the widest of
@@ -92,7 +92,8 @@ def convert(
             told = {**(origin or {}), **source, **_ignored(checkpoint.ignored)}
             with manifest.publishing(dst, told, on_progress, replace is not None) as folder:
                 write_config_file(folder, family, checkpoint.config.to_json(), quant)
-                (folder / "tokenizer.json").write_text(checkpoint.tokenizer, encoding="utf-8")
+                for name, text in checkpoint.tokenizers.items():
+                    (folder / name).write_text(text, encoding="utf-8")
                 writer.write(folder)
     return dst
 

@@ -114,9 +114,18 @@ def query_states(llm: Qwen2, embed: nn.Embedding, queries: Tensor, rows: Sequenc
     It was trained with positions that count placeholders as text, also where there are pictures.
     """
     read = with_queries(embed, queries, rows, image_token)
-    at = [torch.arange(x.shape[1], device=x.device)[None] for x in read]
-    found = deque(llm.outputs(read, at), maxlen=1).pop()
-    return llm.norm(torch.cat([x[:, -len(queries) :] for x in found]))
+    return last_states(llm, read, [in_a_row(x) for x in read], len(queries))
+
+
+def in_a_row(x: Tensor) -> Tensor:
+    """Positions (1, L) of x (1, L, D) that count every token alike."""
+    return torch.arange(x.shape[1], device=x.device)[None]
+
+
+def last_states(llm: Qwen2, inputs: Sequence[Tensor], at: Sequence[Tensor], count: int) -> Tensor:
+    """The final hidden states (R, count, D) of the last tokens of inputs (1, L, D) at these positions."""
+    found = deque(llm.outputs(inputs, at), maxlen=1).pop()
+    return llm.norm(torch.cat([x[:, -count:] for x in found]))
 
 
 def prefill(llm: Qwen2, embed: nn.Embedding, row: Row, image_token: int, cache: PictureCache) -> Tensor:

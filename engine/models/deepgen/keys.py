@@ -11,7 +11,7 @@ from ....quant.recipe import expand
 from ...checkpoint import tables
 from ...checkpoint.tables import QWEN2_LAYER, Rows, Table
 from ...layers.vae import SD3VAEConfig
-from .config import DeepGenConfig
+from .config import DeepGenConfig, DiTConfig
 
 VISION_BLOCK: Table = {
     "norm1.weight": "norm1.weight",
@@ -76,6 +76,8 @@ ONCE: Table = {
     "connector.projector_1.{p}": "connector.projector_1.{p}",
     "connector.projector_2.{p}": "connector.projector_2.{p}",
     "connector.projector_3.{p}": "connector.projector_3.{p}",
+}
+DIT_ONCE: Table = {
     "dit.pos_table": "transformer.pos_embed.pos_embed",
     "dit.patch_embed.{p}": "transformer.pos_embed.proj.{p}",
     "dit.context_embed.{p}": "transformer.context_embedder.{p}",
@@ -122,12 +124,18 @@ def table(config: DeepGenConfig) -> Rows:
         made |= tables.rows(VISION_BLOCK, f"vision.blocks.{i}.", f"{VISION_BLOCKS}{i}.")
     for i in range(config.connector.depth):
         made |= tables.rows(CONNECTOR_BLOCK, f"connector.encoder.{i}.", f"{CONNECTOR_BLOCKS}{i}.")
-    for i in range(config.dit.depth):
-        text = DIT_TEXT if i < config.dit.depth - 1 else {}
-        alone = DIT_ALONE if i < config.dit.dual else {}
+    return made | painter(config.dit, config.vae)
+
+
+def painter(dit: DiTConfig, vae: SD3VAEConfig) -> Rows:
+    """What is behind the conditions: the diffusion transformer, its modulations and the autoencoder."""
+    made = tables.rows(DIT_ONCE)
+    for i in range(dit.depth):
+        text = DIT_TEXT if i < dit.depth - 1 else {}
+        alone = DIT_ALONE if i < dit.dual else {}
         made |= tables.rows({**DIT_BLOCK, **text, **alone}, f"dit.blocks.{i}.", f"{DIT_BLOCKS}{i}.")
         made |= tables.rows(MODULATION_BLOCK, f"modulation.blocks.{i}.", f"{DIT_BLOCKS}{i}.")
-    return made | vae_encoder(config.vae) | vae_decoder(config.vae)
+    return made | vae_encoder(vae) | vae_decoder(vae)
 
 
 def vae_encoder(config: SD3VAEConfig) -> Rows:

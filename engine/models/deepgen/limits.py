@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
@@ -11,7 +11,7 @@ from ...picture import resize
 from ...request import PATCH
 from ...task import Task
 from ...tokens import Tokens
-from .config import DeepGenConfig
+from .config import DeepGenConfig, DiTConfig
 from .prompts import IMAGE, as_ids, turn, unconditional_turn
 from .vision import MERGE, PIXELS
 from .vision import PATCH as SEEN
@@ -65,19 +65,30 @@ def question_picture(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def check_prompts(config: DeepGenConfig, tokens: Tokens, task: Task, prompts: Sequence[str]) -> None:
     """Raise UsageError for sizes beyond the tables, prompts that do not fit, and options of other families."""
+    check_task(config.dit, task)
+    count = len(task.sources)
+    texts = {turn(task.kind, prompt, count): prompt for prompt in prompts}
+    texts[unconditional_turn(task.kind, task.negative, count)] = task.negative or ""
+    check_texts(config, tokens, task, texts)
+
+
+def check_task(dit: DiTConfig, task: Task) -> None:
+    """Raise UsageError for sizes beyond the table, and options of other families."""
     if task.guidance < 1.0:
         raise UsageError(f"guidance {task.guidance:g} is below 1", "use 1, which turns it off, or more")
     for name, value, only in (("temperature", task.temperature, 1.0), ("cfg_schedule", task.cfg_schedule, "constant")):
         if value != only:
             raise UsageError(f"{name} {value} has no meaning for this model", f"leave it at {only}")
     sizes = [(task.columns * PATCH, task.rows * PATCH), *((x.shape[3], x.shape[2]) for x in task.sources)]
-    most = config.dit.table * PATCH
+    most = dit.table * PATCH
     for width, height in sizes:
         if max(width, height) > most:
             raise UsageError(f"a picture of {width}x{height}, and sides have at most {most} pixels", "make it smaller")
-    grids = [(height // PIXELS, width // PIXELS) for width, height in sizes[1:]]
-    texts = {turn(task.kind, prompt, len(grids)): prompt for prompt in prompts}
-    texts[unconditional_turn(task.kind, task.negative, len(grids))] = task.negative or ""
+
+
+def check_texts(config: DeepGenConfig, tokens: Tokens, task: Task, texts: Mapping[str, str]) -> None:
+    """Raise UsageError for prompts that do not fit; `texts` maps them, in their templates, to what the user said."""
+    grids = [(x.shape[2] // PIXELS, x.shape[3] // PIXELS) for x in task.sources]
     for text, said in texts.items():
         refuse_special(said)
         used = len(as_ids(tokens, text, config.image_token, grids)) + config.connector.queries
@@ -91,6 +102,13 @@ def check_question(config: DeepGenConfig, tokens: Tokens, size: tuple[int, int],
 
     Says what such answers are worth.
     """
+    room = room_to_answer(config, tokens, size, question, limit)
+    warnings.warn(UNVERIFIED, UnipicWarning, stacklevel=2)
+    return room
+
+
+def room_to_answer(config: DeepGenConfig, tokens: Tokens, size: tuple[int, int], question: str, limit: int) -> int:
+    """The same, without a word."""
     refuse_special(question)
     before, _, after = turn("ask", question, 1).partition(IMAGE)
     room = len(tokens.encode(after)) + limit
@@ -100,7 +118,6 @@ def check_question(config: DeepGenConfig, tokens: Tokens, size: tuple[int, int],
             f"picture, question and {limit} new tokens take {used} positions, the model has {config.llm.max_positions}",
             "use fewer max_new_tokens or a smaller res, or ask something shorter",
         )
-    warnings.warn(UNVERIFIED, UnipicWarning, stacklevel=2)
     return room
 
 

@@ -1,12 +1,14 @@
 """A released DeepGen 1.0 in either of its layouts (layout.py): configuration, tokenizer, tensors under our names."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from ...checkpoint.differences import refuse, refuse_differences
 from ...checkpoint.parts import Centre, Merged, Padded, Part, ReleasedTensor, Shaped, Stored, joined
@@ -14,9 +16,8 @@ from ...checkpoint.pickle_reader import TorchCheckpoint
 from ...checkpoint.safe_files import SafeFiles
 from ...errors import CorruptWeightsError
 from . import keys, layout
-from .config import DeepGenConfig
 from .layout import Layout
-from .released_config import SIZES, aligned, read_config, table_side
+from .released_config import SIZES, Shapes, aligned, read_config, table_side
 from .tokenizer import read_tokenizer
 
 LORA_SCALE = 2.0  # alpha / rank of the update: 128 / 64 in the training code, which the file does not tell
@@ -25,23 +26,27 @@ Records = dict[str, Stored]  # by released name
 
 
 class Released:
-    """An open released folder: `config`, `tensors` by our name, `tokenizer` as JSON text. A context manager.
+    """An open released folder: `config`, `tensors` by our name, `tokenizers` as JSON text by file. A context manager.
 
     `ignored` lists the tensors of a native file that belong to none of the components. Raises ModelMissingError,
     CorruptWeightsError.
     """
 
+    sizes = SIZES
+    unused = keys.IGNORED
+
     def __init__(self, folder: Path) -> None:
-        found = layout.locate(folder)
+        found = self.locate(folder)
         self.folder, self.files = found.folder, found.files()
         with ExitStack() as stack:
             records, self.ignored = _records(found, stack)
-            self.tokenizer, ids = read_tokenizer(found.tokenizer)
-            refuse("the checkpoint", missing=[name for name in SIZES if name not in records])
+            self.tokenizers, ids = self.read_tokenizers(found)
+            refuse("the checkpoint", missing=[name for name in self.sizes if name not in records])
             try:
-                self.config = read_config(found, {name: record.shape for name, record in records.items()}, ids)
-                self.tensors = _tensors(self.config, records, updated=found.native is not None)
-                expected = _expected(self.config)
+                self.config = self.read_config(found, {name: record.shape for name, record in records.items()}, ids)
+                rows = self.table(records)
+                self.tensors = _tensors(rows, self.config, records, self.unused, updated=found.native is not None)
+                expected = self.expected()
             except ValueError as error:
                 raise CorruptWeightsError(f"{folder}: {error}", _AGAIN) from None
             except (KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -54,6 +59,26 @@ class Released:
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
+
+    # What the relatives do otherwise.
+    def locate(self, folder: Path) -> Any:
+        return layout.locate(folder)
+
+    def read_tokenizers(self, found: Layout) -> tuple[dict[str, str], dict[str, Any]]:
+        tokenizer, ids = read_tokenizer(found.tokenizer)
+        return {"tokenizer.json": tokenizer}, ids
+
+    def read_config(self, found: Layout, shapes: Shapes, ids: dict[str, Any]) -> Any:
+        return read_config(found, shapes, ids)
+
+    def table(self, records: Records) -> keys.Rows:
+        """Our name -> released names."""
+        return keys.table(self.config)
+
+    def expected(self) -> dict[str, tuple[int, ...]]:
+        from .model import build  # the verbs' module is heavy, and only a conversion needs it here
+
+        return shapes_of(build, self.config)
 
 
 def is_released(folder: Path) -> bool:
@@ -88,16 +113,17 @@ def _opened(path: Path) -> TorchCheckpoint | SafeFiles:
     return SafeFiles([path], _AGAIN) if path.suffix == ".safetensors" else TorchCheckpoint(path)
 
 
-def _tensors(config: DeepGenConfig, records: Records, updated: bool) -> dict[str, ReleasedTensor]:
+def _tensors(
+    rows: keys.Rows, config: Any, records: Records, unused: Iterable[str], updated: bool
+) -> dict[str, ReleasedTensor]:
     """Our tensors. Raises one error for all names that are missing or unexpected."""
-    rows = keys.table(config)
     updates = {part: keys.update(part) for name in keys.expanded(keys.UPDATED, rows) for part in rows[name]}
     updates = updates if updated else {}
     used = {part for parts in rows.values() for part in parts} | {name for pair in updates.values() for name in pair}
     refuse(
         "the checkpoint",
         missing=[name for name in sorted(used) if name not in records],
-        unexpected=[name for name in records if name not in used and name not in keys.IGNORED],
+        unexpected=[name for name in records if name not in used and name not in unused],
     )
     parts: dict[str, Part] = {name: records[name] for names in rows.values() for name in names}
     parts |= {name: _merged(name, records[name], records[a], records[b]) for name, (a, b) in updates.items()}
@@ -124,8 +150,9 @@ def _merged(name: str, weight: Stored, a: Stored, b: Stored) -> Merged:
     return Merged(weight, a, b, LORA_SCALE, transposed)
 
 
-def _shapes(config: DeepGenConfig, names: keys.Rows) -> dict[str, Callable[[Part], Part]]:
-    """What is done to each part of our tensors, where anything is."""
+def _shapes(config: Any, names: keys.Rows) -> dict[str, Callable[[Part], Part]]:
+    """What is done to each part of our tensors, where anything is; a relative may lack some of the model's parts."""
+    parts = {name.partition(".")[0] for name in names}
     changes: list[tuple[Callable[[Part], Part], tuple[str, ...]]] = [
         (_flat, keys.FLAT),
         (_convolution, keys.CONVOLUTIONS),
@@ -133,7 +160,8 @@ def _shapes(config: DeepGenConfig, names: keys.Rows) -> dict[str, Callable[[Part
         (_wider, keys.PADDED_COLUMNS),
         (partial(_centre, config.dit.table), (keys.CENTRED,)),
     ]
-    return {name: change for change, patterns in changes for name in keys.expanded(patterns, names)}
+    known = [(change, [p for p in patterns if p.partition(".")[0] in parts]) for change, patterns in changes]
+    return {name: change for change, patterns in known for name in keys.expanded(patterns, names)}
 
 
 def _flat(part: Part) -> Part:
@@ -157,8 +185,7 @@ def _centre(side: int, part: Part) -> Part:
     return Centre(Shaped(part, (whole, whole, width)), (side, side, width))
 
 
-def _expected(config: DeepGenConfig) -> dict[str, tuple[int, ...]]:
-    from .model import build  # the verbs' module is heavy, and only a conversion needs it here
-
+def shapes_of(build: Callable[[Any], nn.Module], config: Any) -> dict[str, tuple[int, ...]]:
+    """By name, of all tensors that the model wants."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in build(config).state_dict().items()}

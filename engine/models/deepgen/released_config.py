@@ -4,6 +4,7 @@ Sizes come from tensor shapes and from the components' own config.json; what nei
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 from ....kernels._product import GROUP
@@ -48,14 +49,15 @@ Shapes = dict[str, tuple[int, ...]]
 Json = dict[str, Any]
 
 
-def read_config(layout: Layout, shape: Shapes, ids: dict[str, int]) -> DeepGenConfig:
+def read_config(layout: Layout, shape: Shapes, ids: dict[str, int], taps: bool = True) -> DeepGenConfig:
     """`shape` maps released names to shapes, those of SIZES among them; `ids` are those of the special tokens.
 
+    `taps`: whether the connector reads several layers, or what is behind the last one, as UniPic-2 MetaQuery's does.
     Raises ValueError, or IndexError, TypeError and ArithmeticError where something has too few dimensions or no number.
     """
-    told = {use: read_json(path) for use, path in layout.small().items() if path.suffix == ".json" and path.is_file()}
+    told = read_small(layout.small())
     check_prompts(told.get("prompts", {}))
-    vlm, vae = told["vlm"], told["vae"]
+    vlm, connector = told["vlm"], told.get("connector", {})
     text = _text(vlm)
     for name, said in (("image_token", vlm.get("image_token_id")), ("vision_start", vlm.get("vision_start_token_id"))):
         if said not in (None, ids[name]):
@@ -65,12 +67,8 @@ def read_config(layout: Layout, shape: Shapes, ids: dict[str, int]) -> DeepGenCo
             "llm": _llm(text, shape),
             "mrope": (text.get("rope_scaling") or text.get("rope_parameters") or {}).get("mrope_section"),
             "vision": _vision(vlm.get("vision_config") or {}, shape),
-            "connector": _connector(told.get("connector", {}), shape),
-            "dit": _dit(shape),
-            "vae": _vae(vae),
-            "vae_scale": vae.get("scaling_factor"),
-            "vae_shift": vae.get("shift_factor"),
-            "shift": _shift(told.get("scheduler")),
+            "connector": _connector(connector.get("connector_config", connector), shape, taps),
+            **painter(told, shape),
             **ids,
             "repetition_penalty": told.get("generation", {}).get("repetition_penalty", 1.0),
             "resolution": 512,
@@ -78,6 +76,23 @@ def read_config(layout: Layout, shape: Shapes, ids: dict[str, int]) -> DeepGenCo
             "guidance": 4.0,
         }
     )
+
+
+def read_small(files: dict[str, Path]) -> dict[str, Json]:
+    """The JSON files that there are, by use."""
+    return {use: read_json(path) for use, path in files.items() if path.suffix == ".json" and path.is_file()}
+
+
+def painter(told: dict[str, Json], shape: Shapes) -> Json:
+    """What is behind the conditions: the diffusion transformer, the autoencoder and the schedule."""
+    vae = told["vae"]
+    return {
+        "dit": _dit(shape),
+        "vae": _vae(vae),
+        "vae_scale": vae.get("scaling_factor"),
+        "vae_shift": vae.get("shift_factor"),
+        "shift": _shift(told.get("scheduler")),
+    }
 
 
 def check_prompts(told: Json) -> None:
@@ -133,19 +148,20 @@ def _vision(told: Json, shape: Shapes) -> Json:
     }
 
 
-def _connector(told: Json, shape: Shapes) -> Json:
+def _connector(told: Json, shape: Shapes, tapped: bool) -> Json:
     queries, llm_width = shape["connector.meta_queries"]
     width, stacked = shape["connector.projector_1.weight"]
     taps = stacked // max(llm_width, 1)
-    if taps < 2 or taps * llm_width != stacked:
-        raise ValueError(f"projector_1 reads {stacked} channels, which are not those of several layers of {llm_width}")
+    if taps * llm_width != stacked or (taps > 1) != tapped:
+        wanted = "several layers" if tapped else "one layer"
+        raise ValueError(f"projector_1 reads {stacked} channels, which are not those of {wanted} of {llm_width}")
     return {
         "width": width,
         "depth": told.get("num_hidden_layers", tables.depth(shape, keys.CONNECTOR_BLOCKS, keys.CONNECTOR_BLOCK)),
         "heads": told.get("num_attention_heads", width // HEAD_DIM),
         "mlp": aligned(shape["connector.layers.0.mlp.fc1.weight"][0]),
         "queries": queries,
-        "taps": taps,
+        "taps": taps if tapped else 0,
         "pooled": shape["connector.projector_2.weight"][0],
         "text": shape["connector.projector_3.weight"][0],
         "norm_eps": EPS,

@@ -20,7 +20,7 @@ Records = dict[str, Stored]  # by released name
 
 
 class Released:
-    """An open released folder: `config`, `tensors` by our name, `tokenizer` as JSON text. A context manager.
+    """An open released folder: `config`, `tensors` by our name, `tokenizers` as JSON text by file. A context manager.
 
     `ignored` lists the released tensors that have no place in the model, besides those that are known to be of no use.
     """
@@ -31,7 +31,8 @@ class Released:
         llm_folder = qwen_folder(self.folder)
         with ExitStack() as stack:
             records = _records(self.folder, stack)
-            self.tokenizer, image_token, eos_token = read_tokenizer(llm_folder / "tokenizer.json")
+            tokenizer, image_token, eos_token = read_tokenizer(llm_folder / "tokenizer.json")
+            self.tokenizers = {"tokenizer.json": tokenizer}
             try:
                 parts = _parts(records, read_layers(llm_folder))
                 shapes = {name: record.shape for name, record in records.items()}
