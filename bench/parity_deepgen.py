@@ -1,7 +1,7 @@
 """Recorded runs of DeepGen 1.0: every tensor between prompt and picture, with the record's own batches and randomness.
 
-Rows of a recorded batch were padded to the longest of all. Engines never let prompts depend on each other so: a batch is
-replayed through the family's functions, and a single picture through `Engine.generate` or `edit` as well.
+Rows of a recorded batch were padded to the longest of all. An engine never lets prompts depend on each other so: a
+batch is replayed through the family's functions, a single picture through `Engine.generate` or `edit` as well.
 """
 
 import warnings

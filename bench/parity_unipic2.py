@@ -7,7 +7,6 @@ embeddings are played in.
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,8 +21,8 @@ from unipic_run.engine.models.deepgen.conditioner import Row
 from unipic_run.engine.models.deepgen.config import ConnectorConfig
 from unipic_run.engine.models.deepgen.connector import Connector
 from unipic_run.engine.models.deepgen.prompts import PICTURE, TURN, as_ids
-from unipic_run.engine.models.deepgen.sampler import Guided
 from unipic_run.engine.models.deepgen.released_config import aligned
+from unipic_run.engine.models.deepgen.sampler import Guided
 from unipic_run.engine.run import to_levels
 from unipic_run.engine.schedules import FLOW_STEPS
 
@@ -74,7 +73,7 @@ def replay_metaquery(engine: Engine, case: Case) -> Ledger:
 
 
 def compare_rows(ledger: Ledger, ids: list[list[int]], queries: int) -> None:
-    """Ids, mask and positions at the slots that hold a token: a record has pads of its own, of which nothing depends."""
+    """Ids, mask and positions at the slots that hold a token: on the record's pads nothing depends."""
     mask = ledger.recorded["attention_mask"].bool()
     ledger.compare("attention_mask", mask.sum(1), EXACT, torch.tensor([len(row) + queries for row in ids]))
     for row, (own, filled) in enumerate(zip(ids, mask, strict=True)):
