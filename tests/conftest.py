@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -53,6 +55,18 @@ def goldens() -> Path:
 def tiny_release() -> Path:
     """A checkpoint with random weights in the layout of the released one."""
     return DATA / "unipic-tiny"
+
+
+@pytest.fixture(scope="session")
+def deepgen_layouts() -> SimpleNamespace:
+    """What writes a DeepGen with random weights: `release`, `native` and more of tests/deepgen_release.py."""
+    return SimpleNamespace(**run_path(str(ROOT / "tests" / "deepgen_release.py")))
+
+
+@pytest.fixture(scope="session")
+def tiny_deepgen(deepgen_layouts: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DeepGen with random weights in its released layout for diffusers. Read only."""
+    return deepgen_layouts.release(tmp_path_factory.mktemp("deepgen") / "DeepGen-tiny")
 
 
 @pytest.fixture(scope="session")
