@@ -117,7 +117,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="unipic", help="a short name or a folder (default unipic)")
     parser.add_argument("--random-weights", action="store_true", help="the model's architecture, no weights file")
     parser.add_argument("--res", type=int, default=1024, help="side in pixels (default 1024)")
-    parser.add_argument("--iters", "--steps", type=int, default=32, help="rounds (default 32)")
+    parser.add_argument("--iters", "--steps", type=int, default=32, help="rounds, or denoising steps (default 32)")
     parser.add_argument("--batch", type=int, default=1, help="images made together (default 1)")
     parser.add_argument("--new-tokens", type=int, default=16, help="length of the answer (default 16)")
     parser.add_argument("--tasks", type=task_list, default=TASKS, help="of gen,edit,ask (default all)")

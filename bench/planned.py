@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from unipic_run.engine import families, gpus
+from unipic_run.engine import gpus
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.layers.attention import Attention
 from unipic_run.engine.loaded import Loaded
@@ -17,8 +17,7 @@ from unipic_run.engine.task import Batch, Task
 def plan_of(engine: Engine, kind: str, prompt: str, res: int, steps: int, images: int) -> Plan:
     """The plan of `generate` (kind "generate") or of an edit of a square picture ("edit") with default settings."""
     loaded = engine.loaded
-    recipe = families.recipe("unipic", engine.quant)
-    model = shapes(loaded.family, engine.config, recipe, engine.dtype, Attention(engine.attention))
+    model = shapes(loaded.family, engine.config, engine.recipe, engine.dtype, Attention(engine.attention))
     sources = (torch.empty(1, 3, res, res, dtype=engine.dtype, device=META),) * (kind == "edit")
     side = res // PATCH
     task = Task(kind, side, side, steps, engine.config.guidance, "constant", 1.0, sources=sources)

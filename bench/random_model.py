@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,7 +10,6 @@ from unipic_run.engine import families
 from unipic_run.engine.device import DTYPES, as_device
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.layers.attention import resolve
-from unipic_run.engine.models.unipic.config import RELEASED, UniPicConfig
 from unipic_run.engine.plan import shapes
 from unipic_run.engine.tokens import Tokens
 from unipic_run.quant.int8 import Int8Linear
@@ -17,25 +17,29 @@ from unipic_run.quant.int8 import Int8Linear
 NEVER = -1  # an end token no answer has, so that every answer has the length that was asked for
 
 
-def architecture(model: str) -> UniPicConfig:
-    """The sizes of the released model by its short name, else those of the checkpoint in a folder."""
-    if model == "unipic":
-        return RELEASED
-    folder, released = Path(model), families.released("unipic")
-    if released.is_released(folder):
-        with released.Released(folder) as checkpoint:
-            return checkpoint.config
-    return families.read(folder)[1]
+def family_of(model: str) -> tuple[families.Family, Any]:
+    """The family of a released model by its short name, or of the checkpoint in a folder, and its sizes."""
+    row = None if model in families.FAMILIES else families.of_released(Path(model))
+    if row is None:
+        return families.architecture(model)
+    with families.released(row.name).Released(Path(model)) as checkpoint:
+        return row, checkpoint.config
+
+
+def architecture(model: str) -> Any:
+    """The sizes alone."""
+    return family_of(model)[1]
 
 
 def random_engine(
     model: str, tokenizer: Path, device: str, dtype: str, attention: str = "auto", quant: str = "none"
 ) -> Engine:
     """An engine of the architecture `model`, with any small tokenizer in place of its own."""
-    place, precision, family = as_device(device), DTYPES[dtype], families.model("unipic")
-    tokens, config = any_tokens(tokenizer, family.IMAGE), architecture(model)
+    place, precision, (row, config) = as_device(device), DTYPES[dtype], family_of(model)
+    family = families.model(row.name)
+    tokens = any_tokens(tokenizer, family.IMAGE)
     config = replace(config, image_token=tokens.tokenizer.token_to_id(family.IMAGE), eos_token=NEVER)
-    recipe = families.recipe("unipic", quant)
+    recipe = families.recipe(row.name, quant)
     module = shapes(family, config, recipe, precision, resolve(attention, place, precision))
     module = module.to_empty(device=place).requires_grad_(False).eval()
     fill(module)

@@ -33,8 +33,11 @@ class Scenario:
         return self.vram if self.vram or not self.published else needed(int(self.published * GIB))
 
 
-def _int8(name: str, task: str, published: float, **how: Any) -> Scenario:
+def _int8(name: str, task: str, published: float | None, **how: Any) -> Scenario:
     return Scenario(name, task, published, quant="int8", attention="int8-qk", **how)
+
+
+DEEPGEN = {"model": "deepgen", "rounds": 50}
 
 
 SCENARIOS = {
@@ -47,6 +50,12 @@ SCENARIOS = {
         _int8("edit-int8", "edit", 3.8),
         _int8("ask-int8", "ask", 3.0),
         _int8("ask-int8-512", "ask", 2.5, res=512),
+        Scenario("deepgen-gen-bf16", "gen", 5.8, **DEEPGEN),
+        _int8("deepgen-gen-int8", "gen", 3.1, **DEEPGEN),
+        _int8("deepgen-gen-int8-512", "gen", 3.0, res=512, **DEEPGEN),
+        _int8("deepgen-gen-int8-tight", "gen", None, vram=3.0, **DEEPGEN),
+        _int8("deepgen-edit-int8", "edit", 3.8, **DEEPGEN),
+        _int8("deepgen-ask-int8-512", "ask", 4.0, res=512, **DEEPGEN),
     )
 }
 

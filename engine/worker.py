@@ -57,7 +57,7 @@ class Worker:
         place = device or next(model.parameters()).device
         self.loaded: Loaded | None = Loaded(family, model, tokens, place)
         self.placing = None if budget is None else Placing(self.loaded, recipe, budget, say or str, reread)
-        self.name, self.config, self.quant = name, self.loaded.config, recipe.scheme
+        self.name, self.config, self.recipe, self.quant = name, self.loaded.config, recipe, recipe.scheme
         self.device, self.dtype = self.loaded.device, self.loaded.dtype
         self.family, self.attention = family, family.attention_backend(model)
         self.defaults = Defaults(self.config.rounds, self.config.guidance)
