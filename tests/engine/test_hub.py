@@ -99,9 +99,10 @@ def test_names_that_are_none(tmp_path):
 
 
 def test_known_families_are_listed_with_licence_and_note():
-    pocket, row, deepgen = hub.list_models()
+    pocket, *others = hub.list_models()
     assert pocket.name == "pocket" and pocket.path is not None and pocket.licence.startswith("Apache-2.0")
-    assert row.path is None and row.source == "Skywork/Skywork-UniPic-1.5B"
-    assert "MIT" in row.licence and "never run" in row.note
-    assert deepgen.path is None and deepgen.source == "deepgenteam/DeepGen-1.0-diffusers"
-    assert "no commercial use" in deepgen.licence and "Stability" in deepgen.licence and "never run" in deepgen.note
+    rows = {row.name: row for row in others}
+    assert [*rows] == [*families.FAMILIES] and all(row.path is None and "never run" in row.note for row in others)
+    assert rows["unipic"].source == "Skywork/Skywork-UniPic-1.5B" and "MIT" in rows["unipic"].licence
+    assert rows["deepgen"].source == "deepgenteam/DeepGen-1.0-diffusers"
+    assert "no commercial use" in rows["deepgen"].licence and "Stability" in rows["deepgen"].licence
