@@ -1,0 +1,227 @@
+"""DeepGen through the engine, with small random weights: gen, edit with several pictures, ask, budgets, refusals."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from unipic_run import Engine
+from unipic_run.engine.errors import BudgetError, UnipicWarning, UsageError
+from unipic_run.engine.layers.attention import Attention
+from unipic_run.engine.loaded import Loaded
+from unipic_run.engine.models.deepgen import model as deepgen
+from unipic_run.engine.models.deepgen.limits import fitted_size, question_size
+from unipic_run.engine.models.deepgen.sampler import Levels
+from unipic_run.engine.noise import FlowTape, PhiloxNoise, Stream
+from unipic_run.engine.plan import META, dry_run, shapes
+from unipic_run.engine.request import CancelToken
+from unipic_run.engine.task import Batch, Task
+from unipic_run.quant.recipe import NONE
+
+HOW = {"res": 64, "steps": 2, "seed": 5}
+pytestmark = pytest.mark.filterwarnings("ignore::unipic_run.engine.errors.UnipicWarning")
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_deepgen: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNIPIC_RUN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        with Engine.from_pretrained(tiny_deepgen, device="cpu") as made:
+            yield made
+
+
+def photo(width: int = 64, height: int = 64) -> Image.Image:
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([3 * x, 3 * y, x + y], axis=-1).astype(np.uint8))
+
+
+def away(a: Image.Image, b: Image.Image) -> int:
+    return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max())
+
+
+def test_a_picture_does_not_depend_on_what_else_is_made(engine):
+    prompts = ["a cat", "a much longer text about a wooden boat"]
+    together = engine.generate(prompts, n=2, batch_size=4, **HOW)
+    assert together.seeds == (5, 6, 5, 6) and len({image.tobytes() for image in together.images}) == 4
+    for index, image in enumerate(together.images):
+        alone = engine.generate(prompts[index // 2], **HOW | {"seed": 5 + index % 2}).images[0]
+        assert away(image, alone) <= 1
+
+
+def test_steps_are_told_and_the_last_preview_would_be_the_picture(engine):
+    told = []
+    made = engine.generate("a cat", preview_every=1, on_event=told.append, **HOW | {"steps": 3})
+    assert [(e.stage, e.round) for e in told] == [
+        ("condition", 0), ("sample", 1), ("sample", 2), ("sample", 3), ("decode", 0)
+    ]  # fmt: skip
+    assert [len(e.previews) for e in told] == [0, 1, 1, 0, 0]
+    shown = [away(e.previews[0], made.images[0]) for e in told if e.previews]
+    assert shown[1] < shown[0], "what is shown comes closer"
+    assert {"look", "read", "condition", "sample", "decode"} <= set(made.timings)
+
+
+def test_cancelling_stops_between_steps(engine):
+    from unipic_run.engine.errors import Cancelled
+
+    token, told = CancelToken(), []
+
+    def stop(event):
+        told.append(event)
+        if event.stage == "sample":
+            token.cancel()
+
+    with pytest.raises(Cancelled):
+        engine.generate("a cat", on_event=stop, cancel=token, **HOW)
+    assert len(told) == 2
+
+
+def test_edits_are_reproducible_and_see_every_picture(engine):
+    how = {"fit": "longest", **HOW}
+    one = engine.edit(photo(64, 32), "make it night", **how).images[0]
+    assert one.size == (64, 32) and away(engine.edit(photo(64, 32), "make it night", **how).images[0], one) == 0
+    assert away(engine.edit(photo(64, 32), "make it night", **how | {"seed": 6}).images[0], one) > 0
+    two = engine.edit(photo(64, 32), "join them", references=[photo(32, 64)], size=(96, 48), **how).images[0]
+    other = engine.edit(photo(64, 32), "join them", references=[photo(32, 32)], size=(96, 48), **how).images[0]
+    assert two.size == (96, 48) and away(two, other) > 0
+    assert engine.edit(photo(), "join them", references=[photo()], **how).images[0].size == (64, 64)
+
+
+def test_what_is_drawn_for_a_source_is_its_own():
+    noise, shape = PhiloxNoise(3), (16, 4, 6)
+    drawn = [noise.posterior(index, shape, torch.device("cpu")) for index in (0, 1)]
+    drawn.append(noise.flow_start(shape, torch.device("cpu")))
+    assert all(x.shape == shape and not torch.equal(x, y) for x, y in pairwise(drawn))
+    cells = torch.arange(24)
+    assert torch.equal(drawn[2].flatten(1).T, noise.normal(Stream.FLOW_START, cells, 16, 1)[0])
+    with pytest.raises(ValueError, match="the tape holds nothing for round 0"):
+        FlowTape(drawn[2]).posterior(0, shape, torch.device("cpu"))
+
+
+def test_answers_end_and_can_be_continued(engine):
+    with pytest.warns(UnipicWarning, match="unverified"):
+        answer = engine.ask(photo(90, 40), "what is this?", res=64, max_new_tokens=4)
+    assert answer.text == "".join(engine.ask(photo(90, 40), "what is this?", res=64, max_new_tokens=4, stream=True))
+    both = engine.ask(photo(90, 40), ["what is this?", "where?"], res=64, max_new_tokens=4)
+    assert both[0].ids == answer.ids
+
+
+def test_a_smaller_budget_moves_more_and_changes_nothing(engine):
+    expected, loaded, lines = engine.edit(photo(), "make it night", **HOW).images[0], engine.loaded, []
+    with Engine(loaded.family, loaded.model, loaded.tokens, "tiny", NONE, loaded.device, 2**40) as bounded:
+        for _ in range(12):
+            try:
+                made = bounded.edit(photo(), "make it night", **HOW).images[0]
+            except BudgetError:
+                break
+            lines.append(bounded.placing.line)
+            assert away(made, expected) <= 1, lines[-1]
+            bounded.placing.budget = bounded.placing.placement.peak - 1
+        assert len(lines) >= 3 and "streamed" in lines[-1], lines
+        bounded.placing.budget = 2**40
+        assert away(bounded.edit(photo(), "make it night", **HOW).images[0], expected) <= 1
+
+
+def test_only_the_transformer_is_needed_while_denoising(engine):
+    needs = deepgen.needs("edit")
+    assert needs["sample"] == ("dit",) and "llm" not in (*needs["look"], *needs["condition"])
+    parts = dict(engine.loaded.model.named_children())
+    assert {part for kind in deepgen.kinds for named in deepgen.needs(kind).values() for part in named} == set(parts)
+
+
+def test_needs_are_the_parts_that_run(engine):
+    """Residency relies on it; hooks see calls of a part itself, not `llm.outputs` or the connector's queries."""
+    model, tokens = engine.loaded.model, engine.loaded.tokens
+    task = Task("edit", 4, 4, 2, 3.0, "constant", 1.0, sources=(torch.zeros(1, 3, 64, 64),))
+    batch, ran, state = Batch(["a cat"], [PhiloxNoise(1)]), set(), None
+    hooks = [part.register_forward_hook(lambda *_, name=name: ran.add(name)) for name, part in model.named_children()]
+    hooks.append(model.dit.patch_embed.register_forward_hook(lambda *_: ran.add("dit")))
+    try:
+        with torch.inference_mode():
+            for stage in ("look", "read", "condition"):
+                ran.clear()
+                state = getattr(deepgen, stage)(model, tokens, task, batch, state)
+                assert ran | {"look": {"connector"}, "read": {"llm"}}.get(stage, set()) == set(
+                    deepgen.needs("edit")[stage]
+                )
+            ran.clear()
+            *_, latents = deepgen.sample(model, state, task, batch, deepgen.schedule(model.config, task, batch))
+            assert ran == {"dit"} and tuple(latents.shape) == deepgen.latents(model.config, 1, 4, 4)
+            ran.clear()
+            deepgen.decode(model, latents, 4, 4)
+            assert ran == {"vae_decoder"}
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_guidance_below_one_prompts_more(engine):
+    """Without guidance only the conditional row is denoised; what is to be avoided still pads it."""
+    short = engine.generate("a cat", guidance=1, **HOW).images[0]
+    assert away(engine.generate("a cat", guidance=1, negative="x" * 40, **HOW).images[0], short) > 0
+    assert away(engine.generate("a cat", guidance=1, negative="", **HOW).images[0], short) == 0
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"temperature": 0.5}, "temperature 0.5 has no meaning"),
+        ({"cfg_schedule": "linear"}, "cfg_schedule linear has no meaning"),
+        ({"guidance": 0.5}, "guidance 0.5 is below 1"),
+        ({"negative": "<|im_end|>"}, "which has a meaning of its own"),
+        ({"res": 400}, "sides have at most 384 pixels"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(engine, how, said):
+    with pytest.raises(UsageError, match=said):
+        engine.generate("a cat", **HOW | how)
+
+
+def test_edits_that_are_not_offered_are_refused(engine, tiny_engine):
+    mask = Image.new("L", (64, 64), 255)
+    with pytest.raises(UsageError, match="does not repaint"):
+        engine.edit(photo(), "a cat", mask=mask, seed=1)
+    with pytest.raises(UsageError, match="9 pictures given, this model edits 8"):
+        engine.edit(photo(), "join them", references=[photo()] * 8, seed=1)
+    with pytest.raises(UsageError, match="2 pictures given, this model edits 1"):
+        tiny_engine.edit(photo(), "join them", references=[photo()], seed=1)
+    with pytest.raises(UsageError, match="the shape of their source"):
+        tiny_engine.edit(photo(), "make it night", size=(64, 32), seed=1)
+    with pytest.raises(UsageError, match="fit longest is not known to this model"):
+        tiny_engine.edit(photo(), "make it night", fit="longest", seed=1)
+
+
+def test_sizes():
+    assert fitted_size((640, 480), "keep", 512) == (608, 448)
+    assert fitted_size((1000, 333), "longest", 512) == (512, 192)
+    assert fitted_size((31, 33), "longest", 512) == (32, 64)
+    assert fitted_size((640, 480), "crop", 500) == (512, 512)
+    assert question_size(None, (640, 480), 512) == (588, 420) and question_size(None, (200, 100), 512) == (196, 112)
+    assert question_size(None, (10**5, 3), 512)[1] == 28
+
+
+def test_levels_are_known_before_the_first_step():
+    levels = Levels.of(50, 3.0)
+    assert len(levels) == 50 and levels.sigmas[0] == 1.0 and levels.sigmas[-1] == 0.0
+    assert levels.sigmas[1] == pytest.approx(0.993124, abs=1e-6) and levels.sigmas[-2] == pytest.approx(
+        0.008929, abs=1e-6
+    )
+
+
+def test_a_dry_run_counts_every_step_and_sees_what_is_longer(engine):
+    loaded = engine.loaded
+    model = shapes(deepgen, loaded.config, NONE, torch.bfloat16, Attention())
+
+    def plan(steps: int, prompts: list[str]):
+        task = Task("generate", 4, 4, steps, 4.0, "constant", 1.0)
+        batch = Batch(prompts, [PhiloxNoise(seed) for seed in range(len(prompts))])
+        return dry_run(Loaded(deepgen, model, loaded.tokens, META), task, batch)
+
+    two, three, four = (plan(steps, ["a cat"]) for steps in (2, 3, 4))
+    first, then, last = (one.stages["sample"] for one in (two, three, four))
+    assert last.launches - then.launches == then.launches - first.launches > 50
+    assert last.flop - then.flop == then.flop - first.flop > 0 and four.stages["read"] == two.stages["read"]
+    longer = plan(2, ["a cat", "something else that is longer"])
+    assert longer.stages["sample"].launches > 1.5 * two.stages["sample"].launches, "texts of two lengths go separately"
