@@ -33,16 +33,31 @@ _CHUNK = 2**22  # elements that are float32 at once
 
 
 def hadamard(order: int) -> Tensor:
-    """(order, order) float32 of +1 and -1 with H H^T = order I, where order - 1 is a prime that leaves 3 modulo 4."""
-    q = order - 1
-    if q % 4 != 3 or any(q % divisor == 0 for divisor in range(2, int(q**0.5) + 1)):
-        raise ValueError(f"order {order} has no Paley construction here: {q} must be a prime of the form 4 n + 3")
+    """(order, order) float32 of +1 and -1 with H H^T = order I, by either of Paley's constructions: order - 1 is a
+    prime that leaves 3 modulo 4, or order / 2 - 1 one that leaves 1. Raises ValueError for other orders.
+    """
+    if order % 4 == 0 and _prime(order - 1):
+        return _conference(order - 1) + torch.eye(order)
+    if order % 4 == 0 and order % 8 and _prime(order // 2 - 1):
+        whole, half = torch.tensor([[1.0, 1.0], [1.0, -1.0]]), torch.tensor([[1.0, -1.0], [-1.0, -1.0]])
+        return torch.kron(_conference(order // 2 - 1), whole) + torch.kron(torch.eye(order // 2), half)
+    raise ValueError(f"order {order} has no Paley construction here: {order - 1} or {order / 2 - 1:g} must be a prime")
+
+
+def _prime(q: int) -> bool:
+    return q > 1 and all(q % divisor for divisor in range(2, int(q**0.5) + 1))
+
+
+def _conference(q: int) -> Tensor:
+    """(q + 1, q + 1) of 0 on the diagonal and +1 and -1 elsewhere, C C^T = q I; skew where a prime q leaves 3 modulo 4,
+    symmetric where it leaves 1.
+    """
     squares = {number * number % q for number in range(1, q)}
     character = torch.tensor([0.0] + [1.0 if number in squares else -1.0 for number in range(1, q)])
     difference = (torch.arange(q)[:, None] - torch.arange(q)) % q
-    skew = F.pad(character[difference], (1, 0, 1, 0))
-    skew[0, 1:], skew[1:, 0] = 1, -1
-    return skew + torch.eye(order)
+    matrix = F.pad(character[difference], (1, 0, 1, 0))
+    matrix[0, 1:], matrix[1:, 0] = 1, -1 if q % 4 == 3 else 1
+    return matrix
 
 
 def factors(width: int) -> tuple[int, int]:
@@ -51,7 +66,9 @@ def factors(width: int) -> tuple[int, int]:
     for m in (odd, 4 * odd, 8 * odd):
         if width % m == 0 and (m == 1 or _constructible(m)):
             return m, width // m
-    raise ValueError(f"width {width} has no Hadamard matrix here: {odd} times 4 or 8 must be one more than a prime")
+    raise ValueError(
+        f"width {width} has no Hadamard matrix here: {odd} times 4 or 8 must be one more than a prime, or twice that"
+    )
 
 
 def rotate(x: Tensor) -> Tensor:

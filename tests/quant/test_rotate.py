@@ -7,7 +7,7 @@ from unipic_run.quant.recipe import Rotation
 from unipic_run.quant.rotate import Folding, RotatedEmbedding, factors, hadamard, rotate
 
 
-@pytest.mark.parametrize("order", [4, 12, 20, 24])
+@pytest.mark.parametrize("order", [4, 12, 20, 24, 28])
 def test_paley_matrices_are_hadamard_matrices(order):
     matrix = hadamard(order)
     assert set(matrix.unique().tolist()) == {-1.0, 1.0}
@@ -15,15 +15,21 @@ def test_paley_matrices_are_hadamard_matrices(order):
 
 
 def test_orders_without_a_construction_are_refused():
-    for order in (2, 6, 14, 16, 28):
+    for order in (2, 6, 14, 16, 52):
         with pytest.raises(ValueError, match=f"order {order}"):
             hadamard(order)
-    assert [factors(width) for width in (64, 1536, 2048, 192)] == [(1, 64), (12, 128), (1, 2048), (12, 16)]
+    assert [factors(width) for width in (64, 1536, 2048, 192, 3584)] == [
+        (1, 64),
+        (12, 128),
+        (1, 2048),
+        (12, 16),
+        (28, 128),
+    ]
     with pytest.raises(ValueError, match="width 7 has no"):
         factors(7)
 
 
-@pytest.mark.parametrize("width", [8, 48, 192, 1536])
+@pytest.mark.parametrize("width", [8, 48, 112, 192, 1536])
 def test_the_rotation_is_orthogonal_and_spreads_every_channel(width):
     rotation = rotate(torch.eye(width, dtype=torch.float64))  # Q itself
     some = rotation[:: width // 8]
