@@ -26,6 +26,7 @@ from .request import PATCH, GenerateRequest, as_sampling
 from .residency import DoesNotFit, Placement, Work, describe, fit
 from .segments import STEP, Segments, rounded
 from .task import Task
+from .verbs import Verbs
 
 KINDS = {"gen": "generate", "edit": "edit"}
 PROMPT = "a photograph of a red fox in deep snow at night, seen from the side, with northern lights above the trees"
@@ -128,6 +129,9 @@ def ask_for(
         raise UsageError(what, f"plan with {' or '.join(PLANNED)}, and {' or '.join(OURS)}")
     if task not in (*KINDS, "ask"):
         raise UsageError(f"no plan for {task!r:.40}", "name gen, edit or ask")
+    family = families.model(row.name)
+    if task not in tasks_of(family):
+        raise UsageError(f"{model} does not {task}", f"plan {' or '.join(tasks_of(family))}")
     res, steps = config.resolution if res is None else res, config.rounds if steps is None else steps
     GenerateRequest((PROMPT,), (res, res), as_sampling(0, {"n": images, "steps": steps}))  # refuses what gen would
     try:
@@ -135,7 +139,7 @@ def ask_for(
         recipe = families.recipe(row.name, quant)
     except ValueError as error:
         raise UsageError(str(error), "choose one of these") from None
-    family, precision = families.model(row.name), as_dtype(dtype, META)
+    precision = as_dtype(dtype, META)
     built = weightless(row.name, config, quant, precision, attention)
     forecast = Forecast(Loaded(family, built, RoughTokens(), META), recipe, card)
     made = None
@@ -148,6 +152,11 @@ def ask_for(
         made = Task(KINDS[task], rows, columns, steps, config.guidance, "constant", 1.0, sources=sources)
     may = card.vram_bytes if vram is None else min(as_vram(vram), card.vram_bytes)
     return Asked(model, forecast, made, res, images if made else 1, card, may)
+
+
+def tasks_of(family: Verbs) -> list[str]:
+    """What can be planned of what a family does."""
+    return [task for task in (*KINDS, "ask") if KINDS.get(task, task) in family.kinds]
 
 
 @lru_cache(maxsize=4)  # `doctor` asks about a few models again and again

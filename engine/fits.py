@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from . import families
-from .errors import BudgetError
-from .estimate import Asked, ask_for
+from .errors import BudgetError, UnsupportedDeviceError
+from .estimate import Asked, ask_for, tasks_of
 from .facts import Gpu
 from .gpus import DEVICE_NAMES
 from .placing import UNKNOWN
@@ -41,8 +41,15 @@ def fits_on(gpus: Sequence[Gpu], patience: float = PATIENCE) -> list[Fit]:
     start, found = time.monotonic(), []
     for gpu in {gpu.name: gpu for gpu in gpus}.values():
         for model in families.FAMILIES:
+            known = tasks_of(families.model(model))
             for res, quant, task in WANTED:
-                asked = asked_on(gpu, model, task, res, quant)
+                if task not in known:
+                    continue
+                try:
+                    asked = asked_on(gpu, model, task, res, quant)
+                except UnsupportedDeviceError as error:  # a package that the model is made of is not installed
+                    found.append(Fit(gpu.name, model, task, res, quant, "not planned", error.remedy))
+                    continue
                 found.append(fit_of(gpu, asked, quant, time.monotonic() - start < patience))
     return found
 

@@ -139,6 +139,8 @@ class Worker:
                 yield piece
 
     def _reader(self, loaded: Loaded, picture: Image.Image, requests: Sequence[AskRequest]) -> Reader:
+        if "ask" not in loaded.family.kinds:
+            raise UsageError("this model does not answer questions", "ask another one, such as unipic")
         room = Room(loaded)
         if self.placing:
             longest = max((r.question for r in requests), key=lambda text: len(loaded.tokens.encode(text)))

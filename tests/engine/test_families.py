@@ -10,18 +10,41 @@ from unipic_run import Engine
 from unipic_run.engine import families
 from unipic_run.engine.models.unipic.model import new_cache
 from unipic_run.engine.noise import PhiloxNoise
+from unipic_run.engine.request import FITS
 from unipic_run.engine.task import Batch, Task
 from unipic_run.engine.verbs import Verbs
+
+ANSWERING = (
+    "look_to_answer",
+    "question_ids",
+    "next_logits",
+    "question_size",
+    "question_picture",
+    "check_question",
+)
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_families_have_the_verbs(name: str) -> None:
     module = families.model(name)
+    skipped = () if "ask" in module.kinds else ANSWERING
     for verb, wanted in vars(Verbs).items():
-        if inspect.isfunction(wanted) and not verb.startswith("_"):
+        if inspect.isfunction(wanted) and not verb.startswith("_") and verb not in skipped:
             expected = [p for p in inspect.signature(wanted).parameters if p != "self"]
             assert list(inspect.signature(getattr(module, verb)).parameters) == expected, verb
     assert isinstance(module.IMAGE, str)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_stages_in_front_of_the_first_step_are_verbs(name: str) -> None:
+    module = families.model(name)
+    for kind in module.kinds:
+        stages, last = [*module.needs(kind)], ["answer"] if kind == "ask" else ["sample", "decode"]
+        before = stages[: -len(last)]
+        assert stages[-len(last) :] == last and before[-1] == "condition"
+        for stage in before if kind != "ask" else ():
+            assert len(inspect.signature(getattr(module, stage)).parameters) == 5, stage
+    assert set(module.fits) <= set(FITS) and module.most_sources >= 1
 
 
 def parts_that_run(model: torch.nn.Module, work: Callable[[], Any]) -> tuple[set[str], Any]:
