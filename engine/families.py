@@ -34,6 +34,8 @@ UNTRIED = (
     "the released weights were never run by us: the arithmetic is checked against recorded runs of the original code "
     "with small random weights"
 )
+ENDS = ("", "_2", "_3")
+TEXT_ENCODERS, TOKENIZERS = (tuple(name + end for end in ENDS) for name in ("text_encoder", "tokenizer"))
 FAMILIES = {
     "unipic": Family(
         name="unipic",
@@ -70,6 +72,43 @@ FAMILIES = {
             *(f"{name}/*.json" for name in ("connector", "vae", "vlm", "scheduler", "tokenizer")),
             *(f"{name}/merges.txt" for name in ("tokenizer", "vlm")),
             "prompt_template.json",
+        ),
+        unwanted=(),
+    ),
+    "unipic2-kontext": Family(
+        name="unipic2-kontext",
+        package="unipic2.kontext",
+        config="KontextConfig",
+        hub="Skywork/UniPic2-SD3.5M-Kontext-2B",
+        revision="main",
+        licence="MIT, says the authors' code repository; but it descends from Stable Diffusion 3.5 Medium (Stability "
+        "AI Community License), whose terms you have to keep as well. The model page has the last word",
+        card="https://huggingface.co/Skywork/UniPic2-SD3.5M-Kontext-2B",
+        note=UNTRIED,
+        shown_by="text_encoder_3/*.safetensors",
+        wanted=(
+            *(f"{name}/*.safetensors" for name in ("transformer", "vae", *TEXT_ENCODERS)),
+            *(f"{name}/*.json" for name in ("transformer", "vae", "scheduler", *TEXT_ENCODERS, *TOKENIZERS)),
+            *(f"{name}/merges.txt" for name in TOKENIZERS),
+        ),
+        unwanted=(),
+    ),
+    "unipic2-metaquery": Family(
+        name="unipic2-metaquery",
+        package="unipic2.metaquery",
+        config="DeepGenConfig",
+        hub="Skywork/UniPic2-Metaquery-9B",
+        revision="main",
+        licence="MIT, says the authors' code repository; but it descends from Stable Diffusion 3.5 Medium (Stability "
+        "AI Community License), whose terms you have to keep as well, and needs Qwen2.5-VL-7B-Instruct (Apache-2.0). "
+        "The model page has the last word",
+        card="https://huggingface.co/Skywork/UniPic2-Metaquery-9B",
+        note=UNTRIED,
+        shown_by="conditioner/*.safetensors",
+        wanted=(
+            *(f"{name}/*.safetensors" for name in ("transformer", "vae", "conditioner", "vlm")),
+            *(f"{name}/*.json" for name in ("transformer", "vae", "conditioner", "scheduler", "vlm", "tokenizer")),
+            *(f"{name}/merges.txt" for name in ("tokenizer", "vlm")),
         ),
         unwanted=(),
     ),

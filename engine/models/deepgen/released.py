@@ -117,8 +117,8 @@ def _tensors(
     rows: keys.Rows, config: Any, records: Records, unused: Iterable[str], updated: bool
 ) -> dict[str, ReleasedTensor]:
     """Our tensors. Raises one error for all names that are missing or unexpected."""
-    updates = {part: keys.update(part) for name in keys.expanded(keys.UPDATED, rows) for part in rows[name]}
-    updates = updates if updated else {}
+    changed = keys.expanded(keys.UPDATED, rows) if updated else ()
+    updates = {part: keys.update(part) for name in changed for part in rows[name]}
     used = {part for parts in rows.values() for part in parts} | {name for pair in updates.values() for name in pair}
     refuse(
         "the checkpoint",

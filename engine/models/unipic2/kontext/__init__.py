@@ -1,0 +1,1 @@
+"""UniPic2-SD3.5M-Kontext."""

@@ -1,0 +1,1 @@
+"""UniPic2-MetaQuery."""
