@@ -7,6 +7,7 @@ is left then is named with the command that plans it, and comes the next time.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from . import families
 from .errors import BudgetError, UnsupportedDeviceError
@@ -66,7 +67,7 @@ def fit_of(gpu: Gpu, asked: Asked, quant: str, may_run: bool) -> Fit:
     what = gpu.name, how["model"], how["task"], how["res"], quant
     if not (may_run or asked.is_kept()):
         card = f"--gpu {asked.card.name} --vram {gpu.total / GIB:.1f}"
-        return Fit(*what, "not planned", f"unipic-run plan {how['task']} --res {how['res']} --quant {quant} {card}")
+        return Fit(*what, "not planned", _command(how, quant, card))
     try:
         placement = asked.placement()
     except BudgetError as error:
@@ -75,6 +76,10 @@ def fit_of(gpu: Gpu, asked: Asked, quant: str, may_run: bool) -> Fit:
         return Fit(*what, "fits", describe(placement), placement.peak, placement.seconds)
     line = describe(placement).rpartition(", about")[0]  # whose seconds would be another card's
     return Fit(*what, "fits", line, placement.peak)
+
+
+def _command(how: dict[str, Any], quant: str, card: str) -> str:
+    return f"unipic-run plan {how['task']} --model {how['model']} --res {how['res']} --quant {quant} {card}"
 
 
 def told(fits: Sequence[Fit]) -> Iterator[str]:

@@ -6,6 +6,7 @@ import pytest
 from unipic_run.bench.random_model import architecture
 from unipic_run.cli import main
 from unipic_run.engine import families, fits
+from unipic_run.engine.errors import UnsupportedDeviceError
 from unipic_run.engine.facts import Gpu
 from unipic_run.engine.fits import fits_on, told
 from unipic_run.engine.placing import CONTEXT
@@ -18,7 +19,9 @@ CARD = Gpu("NVIDIA GeForce RTX 3060", (8, 6), 11 * GIB, 12 * GIB)
 def small(tiny_release, tmp_path, monkeypatch):
     monkeypatch.setenv("UNIPIC_RUN_CACHE", str(tmp_path))
     config = architecture(str(tiny_release))
-    monkeypatch.setattr(families, "architecture", lambda model: (families.FAMILIES["unipic"], config))
+    unipic = families.FAMILIES["unipic"]
+    monkeypatch.setattr(families, "FAMILIES", {"unipic": unipic})
+    monkeypatch.setattr(families, "architecture", lambda model: (unipic, config))
     wanted = [(res, quant, task) for res in (64, 32) for quant, task in (("none", "gen"), ("int8", "ask"))]
     monkeypatch.setattr(fits, "WANTED", wanted)
 
@@ -35,9 +38,17 @@ def test_rows_of_a_known_card():
 def test_without_patience_only_what_is_kept_is_told():
     rows = fits_on([CARD], patience=0)
     assert {fit.state for fit in rows} == {"not planned"}
-    assert rows[0].line == "unipic-run plan gen --res 64 --quant none --gpu rtx3060 --vram 12.0"
+    assert rows[0].line == "unipic-run plan gen --model unipic --res 64 --quant none --gpu rtx3060 --vram 12.0"
     fits_on([CARD], patience=60)
     assert {fit.state for fit in fits_on([CARD], patience=0)} == {"fits"}
+
+
+def test_models_whose_packages_are_missing_are_named_with_the_remedy(monkeypatch):
+    def fails(*given, **how):
+        raise UnsupportedDeviceError("transformers is not installed", "install unipic-run[unipic2]")
+
+    monkeypatch.setattr(fits, "ask_for", fails)
+    assert {(fit.state, fit.line) for fit in fits_on([CARD])} == {("not planned", "install unipic-run[unipic2]")}
 
 
 def test_cards_that_are_too_small_or_unknown():
