@@ -248,8 +248,9 @@ def look_to_answer(model: DeepGen, tokens: Tokens, pixels: Tensor, spare: int) -
     x, rows, columns = as_patches(pixels)
     c, grid = model.config, (rows // model.config.vision.merge, columns // model.config.vision.merge)
     before = SYSTEM + TURN.partition("{}")[0] + PICTURE
-    row = Row(as_ids(tokens, before, c.image_token, [grid]), [model.vision(x, rows, columns)], [grid])
-    like, capacity = model.embed.weight, len(row.ids) + spare
+    features = model.vision(x, rows, columns)
+    row, like = Row(as_ids(tokens, before, c.image_token, [grid]), [features], [grid]), features
+    capacity = len(row.ids) + spare
     cache = PictureCache(c.llm.layers, c.llm.kv_heads, capacity, c.llm.head_dim, like.dtype, like.device)
     conditioner.prefill(model.llm, model.embed, row, c.image_token, cache)
     return cache
