@@ -115,11 +115,14 @@ def test_a_smaller_budget_moves_more_and_changes_nothing(engine):
             try:
                 made = bounded.edit(photo(), "make it night", **HOW).images[0]
             except BudgetError:
+                bounded.placing.budget = before
                 break
             lines.append(bounded.placing.line)
             assert away(made, expected) <= 1, lines[-1]
-            bounded.placing.budget = bounded.placing.placement.peak - 1
+            before, bounded.placing.budget = bounded.placing.budget, bounded.placing.placement.peak - 1
         assert len(lines) >= 3 and "streamed" in lines[-1], lines
+        how = {"res": 64, "max_new_tokens": 3}
+        assert bounded.ask(photo(), "what?", **how).ids == engine.ask(photo(), "what?", **how).ids
         bounded.placing.budget = 2**40
         assert away(bounded.edit(photo(), "make it night", **HOW).images[0], expected) <= 1
 
