@@ -1,19 +1,27 @@
 """Recorded single computations of DeepGen 1.0 and its relatives: modules on random input, schedules, resizing."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from unipic_run.bench.parity_case import Case
 from unipic_run.bench.parity_deepgen import INJECTED, TABLES
 from unipic_run.bench.parity_ledger import EXACT, Ledger
-from unipic_run.bench.parity_unipic2 import released_conditioner
 from unipic_run.engine.engine import Engine
+from unipic_run.engine.layers.attention import Attention
 from unipic_run.engine.layers.linear import norm_linear
 from unipic_run.engine.layers.timesteps import timestep_features
+from unipic_run.engine.models.deepgen import keys
 from unipic_run.engine.models.deepgen import model as deepgen
+from unipic_run.engine.models.deepgen.config import ConnectorConfig
+from unipic_run.engine.models.deepgen.connector import Connector
 from unipic_run.engine.models.deepgen.limits import fitted_size
 from unipic_run.engine.models.deepgen.modulation import of_layers
+from unipic_run.engine.models.deepgen.released_config import aligned
 from unipic_run.engine.models.deepgen.sampler import Levels
 from unipic_run.engine.noise import FlowTape
 from unipic_run.engine.picture import resize
@@ -50,7 +58,7 @@ class Units:
         self.ledger.compare_scaled("scb.pooled", pooled)
         (pad,) = deepgen.states_of(self.model, [deepgen.pad(self.model)])
         self.ledger.compare_scaled("pad.scb_row", pad[0, 0])
-        conditions, _ = released_conditioner(self.case.folder.parent)
+        conditions = released_conditioner(self.case.folder.parent)
         (states,) = self.given("mq_conditioner.in")
         text, pooled = conditions.to(states.device)(states)
         self.ledger.compare_scaled("mq_conditioner.seq", text)
@@ -150,3 +158,35 @@ class Units:
             for fit, name in (("longest", "deepgen_resize_image"), ("keep", "deepgen_fix_pixels")):
                 wrong += fitted_size(tuple(row["input_wh"]), fit, row["target"]) != tuple(row[name])
         self.ledger.limit("resize_table", float(wrong), EXACT, f"{wrong} sizes differ" if wrong else "")
+
+
+def released_conditioner(folder: Path) -> Connector:
+    """MetaQuery's conditioner in float32 from the recorded `weights`."""
+    place = folder / "weights" / "conditioner"
+    told, (file,) = json.loads((place / "config.json").read_text("utf-8")), place.glob("*.safetensors")
+    inner, theirs = told["connector_config"], load_file(file)
+    config = ConnectorConfig(
+        width=inner["hidden_size"],
+        depth=inner["num_hidden_layers"],
+        heads=inner["num_attention_heads"],
+        mlp=aligned(inner["intermediate_size"]),
+        queries=told["num_queries"],
+        taps=0,
+        pooled=told["pooled_projection_dim"],
+        text=told["joint_attention_dim"],
+        norm_eps=1e-6,
+    )
+    connector = Connector(config, told["llm_hidden_size"], Attention()).requires_grad_(False)
+    named = {keys.spelled("connector", name): tensor for name, tensor in theirs.items()}
+    rows = connector_rows(config)
+    for name, ours in connector.state_dict().items():
+        made = torch.cat([named[other] for other in rows[f"connector.{name}"]])
+        ours.zero_()[tuple(map(slice, made.shape))] = made  # padded with zeros, which stay zeros
+    return connector
+
+
+def connector_rows(config: ConnectorConfig) -> keys.Rows:
+    made = keys.tables.rows({ours: theirs for ours, theirs in keys.ONCE.items() if ours.startswith("connector.")})
+    for i in range(config.depth):
+        made |= keys.tables.rows(keys.CONNECTOR_BLOCK, f"connector.encoder.{i}.", f"{keys.CONNECTOR_BLOCKS}{i}.")
+    return made

@@ -14,12 +14,15 @@ from unipic_run import Engine
 from unipic_run.bench import parity
 from unipic_run.bench.parity_case import Case
 from unipic_run.bench.parity_runs import make_images
+from unipic_run.engine.models.deepgen import model as deepgen
 from unipic_run.engine.models.unipic.head import DiffusionHead
 from unipic_run.engine.noise import PhiloxNoise
 from unipic_run.quant.int8 import Int8Linear
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = Path(os.environ.get("UNIPIC_RUN_GOLDENS", ROOT.parent / "shared" / "goldens")) / "unipic1"
+DEEPGEN = FULL.parent / "deepgen"
+second_family = pytest.mark.skipif(not DEEPGEN.is_dir(), reason=f"the recorded runs of DeepGen are not at {DEEPGEN}")
 
 
 @pytest.fixture
@@ -63,6 +66,27 @@ def test_the_compact_copy_passes(replay, goldens):
 def test_the_full_set_passes(capsys):
     status = parity.main([str(FULL), "--json"])
     assert status == 0, missed(json.loads(capsys.readouterr().out))
+
+
+@second_family
+def test_the_second_family_passes(capsys):
+    status = parity.main([str(DEEPGEN), "--json"])
+    summary = json.loads(capsys.readouterr().out)
+    assert status == 0, missed(summary)
+    assert {case["kind"] for case in summary["cases"].values()} >= {"deepgen", "deepgen_units"}
+
+
+@second_family
+def test_pads_of_the_second_family_count(capsys, monkeypatch):
+    """They stand in front of a shorter row, where nothing masks them."""
+    padded = deepgen.padded
+    monkeypatch.setattr(deepgen, "padded", lambda states, pad, longest: padded(states, torch.zeros_like(pad), longest))
+    assert parity.main([str(DEEPGEN), "--json", "--case", "deepgen_t2i_cfg"]) == 1
+    report = json.loads(capsys.readouterr().out)["cases"]["deepgen_t2i_cfg"]
+    assert {"scb_in", "seq", "pooled", "noise_pred", "image", "image_uint8 (through the engine)"} <= {
+        *report["failures"]
+    }
+    assert "input_ids" not in report["failures"]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "int8-qk"])
