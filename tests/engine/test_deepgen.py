@@ -49,6 +49,8 @@ def test_a_picture_does_not_depend_on_what_else_is_made(engine):
     for index, image in enumerate(together.images):
         alone = engine.generate(prompts[index // 2], **HOW | {"seed": 5 + index % 2}).images[0]
         assert away(image, alone) <= 1
+    one_by_one = engine.generate(prompts, n=2, **HOW)  # each batch takes over what the one before has read
+    assert all(away(*pair) <= 1 for pair in zip(together.images, one_by_one.images, strict=True))
 
 
 def test_steps_are_told_and_the_last_preview_would_be_the_picture(engine):

@@ -9,7 +9,7 @@ of the language model, S steps.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -116,7 +116,7 @@ class Conditions:
     lengths: Mapping[str, int]  # of every row's text, with the queries
     inputs: Mapping[str | None, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     states: Mapping[str | None, Tensor] = field(default_factory=dict)  # (1, L, C)
-    prompts: Mapping[tuple[str, str], Guided] = field(default_factory=dict)
+    prompts: dict[tuple[str, str], Guided] = field(default_factory=dict)
     rows: tuple[tuple[str, str], ...] = ()  # of each picture of the batch, its entry of `prompts`
 
 
@@ -128,19 +128,31 @@ def texts_of(task: Task, batch: Batch) -> list[tuple[str, str]]:
 
 
 def look(model: DeepGen, tokens: Tokens, task: Task, batch: Batch, reuse: Conditions | None = None) -> Conditions:
-    """Embed what the language model has not read yet; pictures of `reuse` (an earlier batch of the task) are kept."""
+    """Embed what the language model has not read yet; pictures of `reuse` (an earlier batch of the task) are kept.
+
+    So are prompts that come again. All others are let go here: the modulation of a prompt is large.
+    """
     pictures = reuse.pictures if reuse else tuple(see(model, pixels) for pixels in task.sources)
-    known, image_token, grids = reuse.states if reuse else {}, model.config.image_token, [x.grid for x in pictures]
+    known, prompts, rows = {}, {}, texts_of(task, batch)
+    if reuse:
+        known, prompts = reuse.states, {row: reuse.prompts[row] for row in rows if row in reuse.prompts}
+        reuse.prompts.clear()
+    image_token, grids, more = model.config.image_token, [x.grid for x in pictures], model.config.connector.queries
     lengths, inputs = {}, {}
-    for pair in dict.fromkeys(texts_of(task, batch)):
-        for text in pair if task.guidance > 1.0 else pair[:1]:
+    for pair in dict.fromkeys(row for row in rows if row not in prompts):
+        ids = {text: as_ids(tokens, text, image_token, grids) for text in pair}
+        lengths |= {text: len(ids[text]) + more for text in pair}
+        for text in rows_of(pair, task):
             if text not in known:
-                inputs[text] = embedded(model, as_ids(tokens, text, image_token, grids), pictures)
-        more = model.config.connector.queries
-        lengths |= {text: len(as_ids(tokens, text, image_token, grids)) + more for text in pair}
+                inputs[text] = embedded(model, ids[text], pictures)
     if None not in known:
         inputs[None] = pad(model)
-    return Conditions(pictures, lengths, inputs, known)
+    return Conditions(pictures, lengths, inputs, known, prompts)
+
+
+def rows_of(pair: tuple[str, str], task: Task) -> tuple[str, ...]:
+    """The rows that are denoised: without guidance the conditional one."""
+    return pair if task.guidance > 1.0 else pair[:1]
 
 
 def embedded(model: DeepGen, ids: Sequence[int], pictures: Sequence[Picture]) -> tuple[Tensor, Tensor]:
@@ -163,13 +175,15 @@ def see(model: DeepGen, pixels: Tensor) -> Picture:
 
 
 def read(model: DeepGen, tokens: Tokens, task: Task, batch: Batch, seen: Conditions) -> Conditions:
-    """Hidden states of what was embedded, all rows through a layer before the next; states of other rows are kept
-    where this batch has them.
+    """Hidden states of what was embedded, all rows through a layer before the next.
+
+    Those of an earlier batch are kept where any row of this one has them.
     """
-    states = {text: x for text, x in seen.states.items() if text is None or text in seen.lengths}
+    wanted = {None, *(text for pair in texts_of(task, batch) for text in pair)}
+    states = {text: x for text, x in seen.states.items() if text in wanted}
     if seen.inputs:
         states |= zip(seen.inputs, states_of(model, seen.inputs.values()), strict=True)
-    return Conditions(seen.pictures, seen.lengths, states=states)
+    return replace(seen, inputs={}, states=states)
 
 
 def states_of(model: DeepGen, inputs: Iterable[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
@@ -183,13 +197,13 @@ def condition(model: DeepGen, tokens: Tokens, task: Task, batch: Batch, reuse: C
 
     Pads count even without guidance: they stand in front of a prompt that is shorter than what is to be avoided.
     """
-    rows, prompts = texts_of(task, batch), {}
+    rows, prompts = texts_of(task, batch), dict(reuse.prompts)
     timesteps = torch.tensor(schedule(model.config, task, batch).sigmas[:-1]) * FLOW_STEPS
-    for pair in dict.fromkeys(rows):
+    for pair in dict.fromkeys(row for row in rows if row not in prompts):
         longest = max(reuse.lengths[text] for text in pair)
-        states = [reuse.states[text] for text in (pair if task.guidance > 1.0 else pair[:1])]
+        states = [reuse.states[text] for text in rows_of(pair, task)]
         prompts[pair] = guided(model, padded(states, reuse.states[None], longest), timesteps)
-    return Conditions(reuse.pictures, reuse.lengths, {}, reuse.states, prompts, tuple(rows))
+    return replace(reuse, prompts=prompts, rows=tuple(rows))
 
 
 def padded(states: Sequence[Tensor], pad: Tensor, longest: int) -> Tensor:
