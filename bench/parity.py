@@ -28,13 +28,13 @@ import torch
 from unipic_run.bench.checkout import require_this_checkout
 from unipic_run.bench.parity_bf16 import replay_bf16
 from unipic_run.bench.parity_case import Case, read_cases
-from unipic_run.bench.parity_deepgen import assemble, replay_deepgen
+from unipic_run.bench.parity_deepgen import DEEPGEN, assemble, replay_deepgen
 from unipic_run.bench.parity_deepgen_units import replay_deepgen_units
 from unipic_run.bench.parity_ledger import Ledger
 from unipic_run.bench.parity_question import replay_question
 from unipic_run.bench.parity_rough import How, beside, nothing_to_see, roughly
 from unipic_run.bench.parity_runs import replay_images
-from unipic_run.bench.parity_unipic2 import replay_kontext, replay_metaquery
+from unipic_run.bench.parity_unipic2 import RELEASES, replay_kontext, replay_metaquery
 from unipic_run.bench.parity_units import (
     replay_mask_schedule,
     replay_preprocess,
@@ -62,8 +62,7 @@ REPLAY: dict[str, Callable[[Engine, Case], Ledger]] = {
     "unipic2_metaquery": replay_metaquery,
     "unipic2_kontext": replay_kontext,
 }
-OTHER_VLM = {"unipic2_metaquery": "vlm_base"}  # kinds whose language model is another one of those recorded
-Load = Callable[..., Engine]  # of dtype, quant, attention, vlm
+Load = Callable[..., Engine]  # of dtype, quant, attention, release
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -109,7 +108,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 @contextmanager
 def engines(recorded: Path, checkpoint: Path | None, device: str) -> Iterator[Load]:
-    """Engines by dtype, quant, attention and which of the recorded language models, each loaded when first asked for;
+    """Engines by dtype, quant, attention and which release of those recorded, each loaded when first asked for;
     converts into a temporary cache.
     """
     before = os.environ.get("UNIPIC_RUN_CACHE")
@@ -117,15 +116,15 @@ def engines(recorded: Path, checkpoint: Path | None, device: str) -> Iterator[Lo
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="unipic-parity-"))
 
         @cache
-        def load(dtype: str, quant: str | None = None, attention: str = "sdpa", vlm: str = "vlm") -> Engine:
+        def load(dtype: str, quant: str | None = None, attention: str = "sdpa", release: str = "deepgen") -> Engine:
             how = {"dtype": dtype, "quant": quant, "attention": attention}
-            return stack.enter_context(Engine.from_pretrained(found(vlm), device=device, **how))
+            return stack.enter_context(Engine.from_pretrained(found(release), device=device, **how))
 
         @cache
-        def found(vlm: str) -> Path:
+        def found(release: str) -> Path:
             if checkpoint or not (recorded / "weights").is_dir():
                 return checkpoint or recorded / "checkpoint"
-            return assemble(recorded, Path(folder) / vlm, vlm)
+            return assemble(recorded, Path(folder) / release, RELEASES.get(release, DEEPGEN))
 
         os.environ["UNIPIC_RUN_CACHE"] = folder
         try:
@@ -155,7 +154,7 @@ def replay(load: Load, case: Case, cases: dict[str, Case], how: How) -> dict[str
                 return replay_bf16(load("bf16"), case, cases[case.settings["inputs_from"]]).report()
             if case.kind not in REPLAY:
                 raise ValueError(f"cases of kind {case.kind!r} are not known")
-            which = {"vlm": OTHER_VLM.get(case.kind, "vlm")}
+            which = {"release": case.kind if case.kind in RELEASES else "deepgen"}
             report = REPLAY[case.kind](load("fp32", **which), case).report()
             if not how.rough:
                 return report

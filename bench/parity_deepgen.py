@@ -5,7 +5,7 @@ batch is replayed through the family's functions, a single picture through `Engi
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,16 +31,15 @@ from unipic_run.engine.schedules import FLOW_STEPS
 INJECTED = "played into the engine; what follows from it is compared"
 LEVELS_OFF = 0.002  # share of 8-bit values that may be one level off
 TABLES = 1e-6  # relative, of noise levels
-COMPONENTS = ("transformer", "vae", "connector", "scheduler")
+DEEPGEN = {name: f"weights/{name}" for name in ("transformer", "vae", "connector", "scheduler", "vlm")}
+DEEPGEN |= {"tokenizer": "tokenizer"}  # the folders of a release, and which recorded ones they are
 
 
-def assemble(folder: Path, into: Path, vlm: str = "vlm") -> Path:
-    """A released folder made of links, from the recorded `weights` and the tokenizer beside them."""
+def assemble(folder: Path, into: Path, release: Mapping[str, str]) -> Path:
+    """A released folder made of links to recorded ones."""
     into.mkdir(parents=True)
-    for name in COMPONENTS:
-        (into / name).symlink_to((folder / "weights" / name).resolve())
-    (into / "vlm").symlink_to((folder / "weights" / vlm).resolve())
-    (into / "tokenizer").symlink_to((folder / "tokenizer").resolve())
+    for name, recorded in release.items():
+        (into / name).symlink_to((folder / recorded).resolve())
     return into
 
 

@@ -23,6 +23,7 @@ from unipic_run.engine.models.deepgen.limits import fitted_size
 from unipic_run.engine.models.deepgen.modulation import of_layers
 from unipic_run.engine.models.deepgen.released_config import aligned
 from unipic_run.engine.models.deepgen.sampler import Levels
+from unipic_run.engine.models.unipic2 import limits as unipic2
 from unipic_run.engine.noise import FlowTape
 from unipic_run.engine.picture import resize
 from unipic_run.engine.schedules import FLOW_STEPS, euler_step
@@ -155,8 +156,10 @@ class Units:
         self.ledger.compare("resize.out_longest128", np.array(made), EXACT)
         wrong = 0
         for row in self.case.settings["resize_table"]:
+            size, side = tuple(row["input_wh"]), row["target"]
             for fit, name in (("longest", "deepgen_resize_image"), ("keep", "deepgen_fix_pixels")):
-                wrong += fitted_size(tuple(row["input_wh"]), fit, row["target"]) != tuple(row[name])
+                wrong += fitted_size(size, fit, side) != tuple(row[name])
+            wrong += unipic2.fitted_size(size, "longest", side) != tuple(row["unipic_fix_longer_edge"])
         self.ledger.limit("resize_table", float(wrong), EXACT, f"{wrong} sizes differ" if wrong else "")
 
 
