@@ -24,7 +24,7 @@ from .placing import CONTEXT, as_vram, no_room, usable
 from .plan import BANDED, META, Plan, Stage, shapes
 from .request import PATCH, GenerateRequest, as_sampling
 from .residency import DoesNotFit, Placement, Work, describe, fit
-from .segments import STEP, Segments, rounded
+from .segments import STEP, GrowingSegments, rounded
 from .task import Task
 
 KINDS = {"gen": "generate", "edit": "edit"}
@@ -200,7 +200,7 @@ def graphs_of(plan: Plan, placement: Placement) -> Held:
 
 def reserved_by_stage(model: nn.Module, plan: Plan, placement: Placement) -> dict[str, int]:
     """An estimate of what torch's allocator reserves, without graphs: segments of weights and those of activations."""
-    resident, parts = Segments(), dict(model.named_children())
+    resident, parts = GrowingSegments(), dict(model.named_children())
     for name, part in parts.items():
         if placement.where[name] == "resident":
             for x in (*part.parameters(), *part.buffers()):

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..quant.recipe import Recipe
 from . import families, hub, placing, weights
+from .allocator import grow_segments
 from .checkpoint.manifest import Progress
 from .choosing import AUTO, Blueprint, scheme_for
 from .device import as_device, as_dtype, current, out_of_memory
@@ -67,6 +68,7 @@ def load(
     first = place if bound is None else torch.device("cpu")  # from where they go to their places
     with placing.held_to(place, bound):
         with out_of_memory("loading the model"), current(place):
+            grow_segments(place, say or str)
             module = weights.assemble(build, recipe, folder, first, precision, on_progress, packed=place)
         budget = None if bound is None else placing.usable(bound)
         reread = partial(reload, module, folder, precision, recipe) if drop_idle else None
