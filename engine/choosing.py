@@ -13,6 +13,7 @@ import torch
 
 from ..quant.bnb import MissingPackageError, package
 from . import families
+from .budget import Overhead, context_on, free_on, overhead
 from .device import dtype_name
 from .estimate import PROMPT
 from .forecast import Forecast
@@ -20,10 +21,10 @@ from .gpus import Card
 from .layers.attention import Attention
 from .loaded import Loaded
 from .mover import parts_of
-from .placing import CONTEXT, GIB, card_of, free_on, needed, planned, unpacked, usable
+from .placing import card_of, planned, unpacked
 from .plan import META, shapes
 from .request import PATCH
-from .residency import Work, least
+from .residency import GIB, Work, least
 from .task import Task
 from .tokens import Tokens
 from .verbs import Verbs
@@ -53,24 +54,24 @@ def scheme_for(
     elif device.type != "cuda":
         scheme, why = "none", f"on the {device.type}"
     else:
-        may = bound
+        card, may = card_of(device), bound
         if may is None:
-            may = min(torch.cuda.get_device_properties(device).total_memory, free_on(device) + CONTEXT)
-        scheme, why = choose(plan, card_of(device), may, moving=bound is not None)
+            may = min(torch.cuda.get_device_properties(device).total_memory, free_on(device) + context_on(device))
+        scheme, why = choose(plan, card, overhead(card, device), may, moving=bound is not None)
     say(f"quant auto: {scheme}, {why}")
     return scheme
 
 
-def choose(plan: Blueprint, card: Card, may: int, moving: bool) -> tuple[str, str]:
+def choose(plan: Blueprint, card: Card, beside: Overhead, may: int, moving: bool) -> tuple[str, str]:
     """(scheme, why) for a card of which so many bytes may be used; `moving`: weights may wait on the host."""
     side, takes = plan.config.resolution, []
     for scheme in ORDER:
         if scheme == "nf4" and not has_bitsandbytes():
             continue
         whole = least_whole(plan, scheme, card, moving)
-        takes.append(f"{needed(whole):.2f} in {dtype_name(plan.dtype) if scheme == 'none' else scheme}")
+        takes.append(f"{beside.needed(whole):.2f} in {dtype_name(plan.dtype) if scheme == 'none' else scheme}")
         told = f"{side}x{side} takes {', '.join(takes)} of the {may / GIB:.2f} GiB that may be used"
-        if whole <= usable(may):
+        if whole <= beside.usable(may):
             return scheme, told
     then = "layers come when they are needed" if moving else "vram auto lets weights wait on the host"
     return "int8", f"{told}: {then}"

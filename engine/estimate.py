@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from . import families
+from .budget import as_vram, overhead
 from .device import as_dtype, dtype_name
 from .errors import UsageError
 from .forecast import Forecast
@@ -20,7 +21,7 @@ from .layers.attention import Attention
 from .loaded import Loaded
 from .making import GPU_BATCH
 from .mover import parts_of
-from .placing import CONTEXT, as_vram, no_room, usable
+from .placing import no_room
 from .plan import BANDED, META, Plan, Stage, shapes
 from .request import PATCH, GenerateRequest, as_sampling
 from .residency import DoesNotFit, Placement, Work, describe, fit
@@ -95,11 +96,11 @@ class Asked:
         else:
             how = {"previews": False}
             batches = {size: self.forecast.pictures(self.task, [PROMPT], size, **how) for size in self.sizes}
-        parts = parts_of(self.model, self.forecast.loaded.family.stacks)
+        parts, beside = parts_of(self.model, self.forecast.loaded.family.stacks), overhead(self.card)
         try:
-            return fit(Work(parts, batches, self.images), usable(self.vram_bytes))
+            return fit(Work(parts, batches, self.images), beside.usable(self.vram_bytes))
         except DoesNotFit as error:
-            raise no_room(error) from None
+            raise no_room(error, beside) from None
 
 
 def ask_for(
@@ -156,9 +157,11 @@ def estimate(model: str, task: str, **how: Any) -> dict[str, Any]:
 def told(asked: Asked) -> dict[str, Any]:
     """What `plan --json` says. Raises BudgetError."""
     placement = asked.placement()
-    plan, room = asked.plan(placement.at_once), asked.vram_bytes - CONTEXT
+    plan, beside = asked.plan(placement.at_once), overhead(asked.card)
+    room = asked.vram_bytes - beside.context
     graphs, reserved = graphs_of(plan, placement), reserved_by_stage(asked.model, plan, placement)
-    fit_too = 0 < graphs.nbytes <= room - placement.peak
+    reserved = {name: nbytes + beside.workspace for name, nbytes in reserved.items()}
+    fit_too = 0 < graphs.nbytes <= room - placement.peak - beside.workspace
     stages = {
         name: {
             "peak_bytes": peak,
@@ -173,6 +176,7 @@ def told(asked: Asked) -> dict[str, Any]:
         **asked.settings(),
         "stages": stages,
         "graphs": asdict(graphs) | {"fit": fit_too},
+        "workspace_bytes": beside.workspace,
         "placement": {
             "where": dict(placement.where),
             "bands": list(placement.banded),

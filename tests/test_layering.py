@@ -20,7 +20,8 @@ ENGINE = (
     "models",
     "families",
     "verbs run text prepare reading making room loaded",
-    "plan kept_plans residency mover transfer forecast allocator placing weights hub pins checkpoint.convert",
+    "plan kept_plans residency mover transfer forecast nvml budget limits allocator placing weights hub pins "
+    "checkpoint.convert",
     "engine worker loading choosing estimate arguments saving facts info",
     "timeline plot fits doctor",
 )

@@ -6,15 +6,17 @@ import pytest
 import torch
 from unipic_run import Engine
 from unipic_run.engine import choosing, families
+from unipic_run.engine.budget import CONTEXT, overhead
 from unipic_run.engine.checkpoint.convert import convert
 from unipic_run.engine.choosing import Blueprint, choose, least_whole, scheme_for
 from unipic_run.engine.estimate import RoughTokens
 from unipic_run.engine.gpus import CARDS
 from unipic_run.engine.layers.attention import Attention
 from unipic_run.engine.models.unipic.config import RELEASED
-from unipic_run.engine.placing import CONTEXT, GIB, needed
+from unipic_run.engine.residency import GIB
 
 CARD, CPU = CARDS["rtx4090"], torch.device("cpu")
+BESIDE = overhead(CARD)
 
 
 @pytest.fixture(autouse=True)
@@ -36,14 +38,14 @@ def without_bitsandbytes(monkeypatch):
 @pytest.mark.parametrize("moving", [True, False])
 def test_the_first_that_fits_is_taken(plan, monkeypatch, moving):
     without_bitsandbytes(monkeypatch)
-    least = {scheme: needed(least_whole(plan, scheme, CARD, moving)) for scheme in ("none", "int8")}
+    least = {scheme: BESIDE.needed(least_whole(plan, scheme, CARD, moving)) for scheme in ("none", "int8")}
     assert least["int8"] < 0.65 * least["none"]
     for scheme, gib in least.items():
         just, short = int(gib * GIB) + 2**20, int((gib - 0.02) * GIB)
-        chosen, why = choose(plan, CARD, just, moving)
+        chosen, why = choose(plan, CARD, BESIDE, just, moving)
         assert chosen == scheme and f"{gib:.2f} in {'bf16' if scheme == 'none' else scheme}" in why
-        assert choose(plan, CARD, short, moving)[0] == "int8", "whatever does not fit"
-    said = choose(plan, CARD, 2 * GIB, moving)[1]
+        assert choose(plan, CARD, BESIDE, short, moving)[0] == "int8", "whatever does not fit"
+    said = choose(plan, CARD, BESIDE, 2 * GIB, moving)[1]
     assert said.startswith("256x256 takes") and "of the 2.00 GiB that may be used" in said
     assert said.endswith("layers come when they are needed" if moving else "vram auto lets weights wait on the host")
 
@@ -58,18 +60,18 @@ def test_nf4_is_the_last_resort_where_bitsandbytes_is_there(plan, monkeypatch):
     whole = {scheme: least_whole(plan, scheme, CARD, moving=True) for scheme in ("int8", "nf4")}
     weights = 0.5 * 2.441 + 0.5 * 0.736 + 0.5 * 0.741  # GiB in int8 of the stacks alone
     assert 0.5 * weights * GIB < whole["nf4"] < 0.7 * whole["int8"]
-    between = int(needed((whole["nf4"] + whole["int8"]) // 2) * GIB)
-    assert choose(plan, CARD, between, moving=True)[0] == "nf4"
-    assert choose(plan, CARD, int(1.2 * GIB), moving=True)[0] == "int8"
+    between = int(BESIDE.needed((whole["nf4"] + whole["int8"]) // 2) * GIB)
+    assert choose(plan, CARD, BESIDE, between, moving=True)[0] == "nf4"
+    assert choose(plan, CARD, BESIDE, int(1.2 * GIB), moving=True)[0] == "int8"
     without_bitsandbytes(monkeypatch)
-    assert choose(plan, CARD, between, moving=True)[0] == "int8"
+    assert choose(plan, CARD, BESIDE, between, moving=True)[0] == "int8"
 
 
 def test_on_a_gpu_it_asks_what_is_free_or_the_bound(plan, monkeypatch):
     asked = []
     monkeypatch.setattr(choosing, "card_of", lambda device: CARD)
     monkeypatch.setattr(
-        choosing, "choose", lambda plan, card, may, moving: asked.append((may, moving)) or ("int8", "so")
+        choosing, "choose", lambda plan, card, beside, may, moving: asked.append((may, moving)) or ("int8", "so")
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("", (), {"total_memory": 24 * GIB}))
     said = []

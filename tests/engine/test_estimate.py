@@ -4,9 +4,9 @@ import json
 
 import pytest
 from unipic_run.cli import main
+from unipic_run.engine.budget import CONTEXT
 from unipic_run.engine.errors import BudgetError, UsageError
 from unipic_run.engine.estimate import estimate
-from unipic_run.engine.placing import CONTEXT
 
 GIB = 2**30
 SMALL = {"res": 256, "steps": 2}
