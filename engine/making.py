@@ -71,9 +71,9 @@ def make_images(
         try:
             with out_of_memory("making images", f"make smaller pictures, or {TAKE_LESS}"):
                 made = run_batch(loaded, task, batch, reuse, clock, Watch(tell, cancel, preview_every))
-        except BudgetError:
+        except BudgetError as error:
             made = reuse = None  # what an earlier batch has left
-            if not room.shrink():
+            if not room.shrink(error):
                 raise
             continue
         if not made.finite:

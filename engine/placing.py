@@ -20,7 +20,7 @@ from ..quant.bnb import is_packed
 from ..quant.recipe import NONE, Recipe
 from .budget import Overhead, overhead
 from .device import out_of_memory
-from .errors import BudgetError
+from .errors import BudgetError, HostMemoryError
 from .forecast import Forecast
 from .gpus import CARDS, DEVICE_NAMES, Card
 from .loaded import Loaded, Placed
@@ -101,6 +101,8 @@ class Placing:
                 with out_of_memory("moving weights"):
                     self._settle(found)
                 break
+            except HostMemoryError:  # of which the next placement would need more
+                raise
             except BudgetError:
                 failed = found
         self.work, self.placement, before = work, found, self.line

@@ -10,7 +10,7 @@ from PIL import Image
 from unipic_run import Engine
 from unipic_run.engine import budget, gpus, limits, loading
 from unipic_run.engine.budget import overhead
-from unipic_run.engine.errors import BudgetError, UsageError
+from unipic_run.engine.errors import BudgetError, HostMemoryError, UsageError
 from unipic_run.engine.residency import GIB
 from unipic_run.engine.transfer import room_of, tensors_of
 
@@ -102,6 +102,23 @@ def test_what_a_task_does_not_use_is_dropped_and_read_again(tiny_release, monkey
             assert nbytes(engine) == whole - sum(p.nbytes for p in engine.placing.parts if p.name in idle)
             assert same(engine.generate("a red fox", **HOW).images[0], picture)
             assert same(engine.edit(photo(), "make it night", **HOW).images[0], night)
+
+
+@pytest.mark.filterwarnings("ignore:64x64 is far")
+def test_where_the_machine_itself_has_no_room_for_weights_no_more_of_them_go_there(under, monkeypatch):
+    engine, places = under(2**40), []
+    place = engine.placing.mover.place
+
+    def full(found):
+        places.append(found)
+        raise MemoryError
+
+    monkeypatch.setattr(engine.placing.mover, "place", full)
+    with pytest.raises(HostMemoryError, match=r"RAM.*moving weights.*--drop-idle"):
+        engine.ask(photo(), "what?", res=64, max_new_tokens=2)
+    assert len(places) == 1
+    monkeypatch.setattr(engine.placing.mover, "place", place)
+    assert engine.ask(photo(), "what?", res=64, max_new_tokens=2).ids
 
 
 def test_drop_idle_needs_a_bound(tiny_release):
