@@ -85,6 +85,13 @@ def as_vram(text: float | str) -> int:
     return int(float(found[1]) * GIB)
 
 
+def bound_of(card: Card, vram: float | str | None) -> int:
+    """Bytes that may be used of a card that is only spoken of, with nothing else on it. Raises UsageError."""
+    if vram is None or vram == AUTO:
+        return card.vram_bytes - (MARGIN if vram else 0)
+    return min(as_vram(vram), card.vram_bytes)
+
+
 def free_on(device: torch.device) -> int:
     """Bytes of a GPU that are free, behind what CUDA itself has taken here, or takes now. Raises BudgetError."""
     with out_of_memory("looking at the GPU", BUSY):

@@ -1,6 +1,6 @@
 """What a request will take on a card, without weights and without the card: the numbers of `unipic-run plan`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from . import families
-from .budget import as_vram, overhead
+from .budget import bound_of, overhead
+from .choosing import AUTO, Blueprint, choose
 from .device import as_dtype, dtype_name
 from .errors import UsageError
 from .forecast import Forecast
@@ -19,18 +20,15 @@ from .gpus import Card
 from .gpus import card as card_called
 from .layers.attention import Attention
 from .loaded import Loaded
-from .making import GPU_BATCH
 from .mover import parts_of
+from .outline import KINDS, LIMIT, PROMPT, task_of
 from .placing import no_room
 from .plan import BANDED, META, Plan, Stage, shapes
-from .request import PATCH, GenerateRequest, as_sampling
+from .request import GPU_BATCH, PATCH, TASKS, Largest
 from .residency import DoesNotFit, Placement, Work, describe, fit
 from .segments import STEP, GrowingSegments, rounded
 from .task import Task
 
-KINDS = {"gen": "generate", "edit": "edit"}
-PROMPT = "a photograph of a red fox in deep snow at night, seen from the side, with northern lights above the trees"
-LIMIT = 64  # tokens of an answer
 PLANNED = ("none", "int8")  # bitsandbytes has no way to say what it would do
 OURS = ("sdpa", "int8-qk")
 
@@ -115,29 +113,35 @@ def ask_for(
     attention: str = "sdpa",
     gpu: str = "rtx4090",
     vram: float | str | None = None,
+    say: Callable[[str], object] = str,
 ) -> Asked:
-    """`task`: gen, edit or ask; `vram`: GiB, by default all of the card. Raises UsageError."""
+    """`task`: gen, edit or ask; `vram`: GiB, or auto, which leaves a margin; by default all of the card.
+
+    `quant` auto is what the engine would take for this request; `say` hears it. Raises UsageError.
+    """
     row, config = families.architecture(model)
-    if quant not in PLANNED or attention not in OURS:
+    if quant not in (*PLANNED, AUTO) or attention not in OURS:
         what = f"quant {quant} with attention {attention} cannot be planned"
-        raise UsageError(what, f"plan with {' or '.join(PLANNED)}, and {' or '.join(OURS)}")
-    if task not in (*KINDS, "ask"):
+        raise UsageError(what, f"plan with {', '.join(PLANNED)} or {AUTO}, and {' or '.join(OURS)}")
+    if task not in TASKS:
         raise UsageError(f"no plan for {task!r:.40}", "name gen, edit or ask")
-    res, steps = config.resolution if res is None else res, config.rounds if steps is None else steps
-    GenerateRequest((PROMPT,), (res, res), as_sampling(0, {"n": images, "steps": steps}))  # refuses what gen would
+    size = None if res is None else (res, res)
+    largest = Largest(task, size, 1 if task == "ask" else min(images, GPU_BATCH), steps)  # refuses what gen would
     try:
         card = card_called(gpu)
-        recipe = families.recipe(row.name, quant)
     except ValueError as error:
         raise UsageError(str(error), "choose one of these") from None
-    family, precision = families.model(row.name), as_dtype(dtype, META)
+    family, precision, may = families.model(row.name), as_dtype(dtype, META), bound_of(card, vram)
+    if quant == AUTO:
+        plan = Blueprint(row.name, family, config, RoughTokens(), precision, Attention(attention), largest)
+        quant, why = choose(plan, card, overhead(card), may, moving=vram is not None)
+        say(f"quant auto: {quant}, {why}")
+        if quant not in PLANNED:
+            what = f"{quant} is what the engine would take there, and it cannot be planned"
+            raise UsageError(what, "add --quant int8")
     built = weightless(row.name, config, quant, precision, attention)
-    forecast = Forecast(Loaded(family, built, RoughTokens(), META), recipe, card)
-    side, made = res // PATCH, None
-    if task != "ask":
-        pixels = torch.empty(1, 3, res, res, dtype=precision, device=META) if task == "edit" else None
-        made = Task(KINDS[task], side, side, steps, config.guidance, "constant", 1.0, pixels=pixels)
-    may = card.vram_bytes if vram is None else min(as_vram(vram), card.vram_bytes)
+    forecast = Forecast(Loaded(family, built, RoughTokens(), META), families.recipe(row.name, quant), card)
+    made, side = task_of(largest, config, precision), (res or config.resolution) // PATCH
     return Asked(model, forecast, made, side, images if made else 1, card, may)
 
 

@@ -19,6 +19,7 @@ from .device import as_device, as_dtype, current, out_of_memory
 from .errors import UsageError
 from .layers.attention import resolve
 from .placing import card_of
+from .request import LargestOptions, as_largest
 from .residency import GIB
 from .tokens import Tokens
 
@@ -35,6 +36,7 @@ def load(
     attention: str,
     vram: float | str | None,
     drop_idle: bool,
+    largest: LargestOptions | None,
     exact_rope: bool,
     revision: str | None,
     offline: bool,
@@ -45,6 +47,7 @@ def load(
     if drop_idle and vram is None:
         what = "drop_idle has no effect without vram: all weights stay where they are"
         raise UsageError(what, "add --vram auto (Engine keyword vram), or leave --drop-idle out")
+    ready_for = as_largest(largest)
     place = as_device(device)
     precision = as_dtype(dtype, place)
     scheme = AUTO if quant == AUTO else weights.as_scheme(quant)
@@ -63,7 +66,7 @@ def load(
         config = replace(config, round_inv_freq=False)
     tokens = Tokens(folder / "tokenizer.json", family.IMAGE, config.image_token)
     if scheme == AUTO:
-        plan = Blueprint(row.name, family, config, tokens, precision, attend)
+        plan = Blueprint(row.name, family, config, tokens, precision, attend, ready_for)
         scheme = scheme_for(plan, place, bound, weights.stored_scheme(folder), say or str)
     elif scheme is None:
         scheme = weights.stored_scheme(folder)

@@ -16,8 +16,6 @@ from .room import Room
 from .run import Clock, Watch, run_batch
 from .task import Batch, Task
 
-GPU_BATCH = 4  # images made together on a GPU when nothing is said; on a CPU one, which its neighbours leave alone
-
 
 @dataclass(frozen=True)
 class Job:

@@ -20,12 +20,12 @@ from .device import current, dtype_name, memory_peak, out_of_memory, reset_memor
 from .errors import UnipicWarning, UsageError
 from .loaded import Loaded
 from .lock import CallLock
-from .making import GPU_BATCH, Job, jobs_of, make_images
+from .making import Job, jobs_of, make_images
 from .noise import Noise
 from .placing import Placing
 from .prepare import Defaults, Finish, note_doubts
 from .reading import Reader, answer_all
-from .request import PATCH, Answer, AskRequest, CancelToken, EditRequest, Event, GenerateRequest, Result
+from .request import GPU_BATCH, PATCH, Answer, AskRequest, CancelToken, EditRequest, Event, GenerateRequest, Result
 from .room import Room
 from .run import Clock
 from .task import Task
