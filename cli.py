@@ -87,7 +87,7 @@ def gen(
     order = Order("generate", tuple(prompts), sampling, a.given(size=shape and f"{shape[0]}x{shape[1]}"))
     saving = {"target": output, "overwrite": overwrite, "metadata": not no_metadata}
     loading = a.loading(asked, device=device, attention=attn, revision=revision, offline=offline)
-    loading |= {"vram": vram, "drop_idle": drop_idle}
+    loading |= {"vram": vram, "drop_idle": drop_idle, "largest": a.largest("gen", len(prompts), sampling, shape)}
     make_pictures(terminal, order, saving, loading, size=shape)
 
 
@@ -148,7 +148,8 @@ def edit(
     order = Order("inpaint" if {"mask", "outpaint"} & {*where} else "edit", tuple(prompts), sampling, a.given(fit=fit))
     saving = {"target": output, "overwrite": overwrite, "metadata": not no_metadata}
     loading = a.loading(asked, device=device, attention=attn, revision=revision, offline=offline)
-    loading |= {"vram": vram, "drop_idle": drop_idle}
+    made = a.edited_size(picture.size, res, fit, where.get("outpaint"), "mask" in where)
+    loading |= {"vram": vram, "drop_idle": drop_idle, "largest": a.largest("edit", len(prompts), sampling, made)}
     make_pictures(terminal, order, saving, loading, image=picture, res=res, **where)
 
 
@@ -184,7 +185,7 @@ def ask(
     _hint(terminal, model, questions)
     asked = a.given(model=model, dtype=dtype, quant=quant, exact_rope=exact_rope)
     loading = a.loading(asked, device=device, attention=attn, revision=revision, offline=offline)
-    loading |= {"vram": vram, "drop_idle": drop_idle}
+    loading |= {"vram": vram, "drop_idle": drop_idle, "largest": a.largest("ask", size=res and (res, res))}
     with open_engine(terminal, loading) as engine:
         if len(questions) == 1 and not as_json:
             terminal.stream(engine.ask(picture, questions[0], res=res, seed=seed, stream=True, **how))
@@ -234,7 +235,7 @@ def plan(
         "gpu": gpu,
         "vram": vram,
     }
-    asked = ask_for(model or "unipic", task, res=res, steps=steps, images=n, **how)
+    asked = ask_for(model or "unipic", task, res=res, steps=steps, images=n, **how, say=terminal.say)
     terminal.data |= told(asked)
     names = ("stage", "peak GiB", "reserved", "TFLOP", "GB moved", "launches", "seconds")
     terminal.line("{:<10} {:>9} {:>9} {:>8} {:>9} {:>9} {:>8}".format(*names))

@@ -10,14 +10,14 @@ import sys
 from collections.abc import Callable
 
 import torch
+from unipic_run.engine.budget import context_on, measure_context
 from unipic_run.engine.errors import BudgetError, UsageError
-from unipic_run.engine.placing import CONTEXT
 
 STEP = 2**21  # bytes: how finely a card's memory is given out
 GIB = 2**30
 
 
-def ballast_bytes(free: int, vram: int, context: int = CONTEXT) -> int:
+def ballast_bytes(free: int, vram: int, context: int) -> int:
     """How much of `free` to take, so that of a card of `vram` bytes what CUDA itself has not taken is left."""
     return max(0, free - (vram - context)) // STEP * STEP
 
@@ -29,12 +29,12 @@ def drop_ballast(device: torch.device, vram: int, take: Callable[[int], int] | N
     """
     if device.type != "cuda":
         raise UsageError(f"ballast is for a GPU, and the device is {device}", "leave it out")
-    torch.cuda.synchronize(device)  # makes the context, which then counts as taken
-    free = torch.cuda.mem_get_info(device)[0]
-    if free < vram - CONTEXT:
+    measure_context(device)  # and make it: it then counts as taken
+    free, context = torch.cuda.mem_get_info(device)[0], context_on(device)
+    if free < vram - context:
         what = f"{free / GIB:.2f} GiB of the card are free, less than --vram {vram / GIB:g} is to have"
         raise BudgetError(what, "end what else uses it, or measure with less")
-    nbytes = ballast_bytes(free, vram)
+    nbytes = ballast_bytes(free, vram, context)
     with torch.cuda.device(device):
         error = (take or driver_takes)(nbytes) if nbytes else 0
     if error:

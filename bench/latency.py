@@ -37,10 +37,10 @@ from unipic_run.bench.ops import Stopped, product_rate, stop
 from unipic_run.bench.planned import plan_of, report
 from unipic_run.bench.random_model import random_engine
 from unipic_run.bench.stage_memory import StageMemory
+from unipic_run.engine.budget import as_vram
 from unipic_run.engine.device import as_device, dtype_name, memory_peak
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.errors import UnipicError, UnipicWarning
-from unipic_run.engine.placing import as_vram
 from unipic_run.engine.request import Event
 
 TOKENIZER = Path("tests/data/unipic-tiny/Qwen2.5-1.5B-Instruct/tokenizer.json")

@@ -132,8 +132,9 @@ def measured(
             report = measure(root, one, folder, options.device, driver, options.repeats, options.time_limit)
             if driver:  # where the device is the host, its memory holds what is computed as well
                 report |= {"checkpoint_bytes": sizes[folder]}
-            if report.get("captures"):  # what graphs keep is beside what a placement counts
-                report["predicted_bytes"] += predicted(one, str(folder), gpu)["graphs"]["kept"]
+            if report.get("captures"):  # what graphs keep, and libraries, is beside what a placement counts
+                foreseen = predicted(one, str(folder), gpu)
+                report["predicted_bytes"] += foreseen["graphs"]["kept"] + foreseen["workspace_bytes"]
             yield name, report
 
 

@@ -7,7 +7,8 @@ more as CUDA itself and the allocator's gaps are taken to need, unless the scena
 from dataclasses import dataclass, replace
 from typing import Any
 
-from unipic_run.engine.placing import needed
+from unipic_run.engine import gpus
+from unipic_run.engine.budget import overhead
 
 GIB = 2**30
 
@@ -30,7 +31,9 @@ class Scenario:
     @property
     def card(self) -> float | None:
         """GiB of the card that it is given."""
-        return self.vram if self.vram or not self.published else needed(int(self.published * GIB))
+        if self.vram or not self.published:
+            return self.vram
+        return overhead(gpus.card("rtx4090")).needed(int(self.published * GIB))
 
 
 def _int8(name: str, task: str, published: float | None, **how: Any) -> Scenario:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .errors import UsageError
-from .request import Sampling, as_sampling
+from .request import GPU_BATCH, PATCH, Sampling, as_sampling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -119,6 +119,26 @@ def repeated_settings(png: str, other_model: bool) -> dict[str, Any]:
 def sampling(asked: dict[str, Any], **more: Any) -> Sampling:
     names = ("steps", "guidance", "cfg_schedule", "temperature", "negative")
     return as_sampling(asked.get("seed"), {name: asked[name] for name in names if name in asked} | more)
+
+
+def largest(task: str, images: int = 1, sampling: Sampling | None = None, size: Any = None) -> dict[str, Any]:
+    """Of Engine.from_pretrained: the command's own request is the largest one that the engine will have."""
+    found = {"task": task, "size": size}
+    if sampling is not None:
+        together = min(images * sampling.n, sampling.batch_size or GPU_BATCH)
+        found |= {"n": together, "steps": sampling.steps, "previews": sampling.preview_every > 0}
+    return found
+
+
+def edited_size(
+    size: tuple[int, int], res: int | None, fit: str | None, margins: tuple[int, ...] | None, masked: bool
+) -> tuple[int, int] | None:
+    """(width, height) that an edit of a picture of `size` makes, or a square of the area; None for the trained one."""
+    if fit or not (masked or margins):
+        return None if res is None else (res, res)
+    left, top, right, bottom = margins or (0, 0, 0, 0)
+    width, height = (-(-pixels // PATCH) * PATCH for pixels in (size[0] + left + right, size[1] + top + bottom))
+    return width, height
 
 
 def loading(asked: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -8,13 +8,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from .errors import BudgetError, UnsupportedDeviceError, UsageError
+from .errors import BudgetError, HostMemoryError, UnsupportedDeviceError, UsageError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _LONG_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 # What torch, CUDA's libraries (CUBLAS_STATUS_ALLOC_FAILED) and convolutions without room to work say of memory.
 _NO_MEMORY = re.compile("can't allocate memory|out of memory|ALLOC_FAILED|unable to find an engine", re.IGNORECASE)
+_OF_THE_HOST = "DefaultCPUAllocator"  # by which torch's allocator for the CPU names itself when it fails
 TAKE_LESS = 'add --quant int8 or, on a GPU, --vram auto (Engine keywords quant="int8", vram="auto")'
+FREE_RAM = "end other programs, ask for less at once, or add --quant int8 or, under --vram, --drop-idle"
 
 
 def as_device(name: str | torch.device) -> torch.device:
@@ -79,17 +81,23 @@ def memory_peak(device: torch.device) -> int | None:
 
 @contextmanager
 def out_of_memory(doing: str, remedy: str = TAKE_LESS) -> Iterator[None]:
-    """Turns an allocator's failure into a BudgetError, raised only after the failed frames have let go."""
+    """Turns an allocator's failure into a BudgetError, raised only after the failed frames have let go.
+
+    Of the machine's own memory it is a HostMemoryError.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY.search(str(error))):
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__
+        of_the_host = isinstance(error, MemoryError) or _OF_THE_HOST in str(error)
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
     else:
         return
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if of_the_host:
+        raise HostMemoryError(f"out of the machine's own memory (RAM) while {doing} ({reason})", FREE_RAM) from None
     raise BudgetError(f"out of memory while {doing} ({reason})", remedy) from None

@@ -23,6 +23,7 @@ from .request import (
     EditRequest,
     Event,
     GenerateRequest,
+    LargestOptions,
     Result,
     SamplingOptions,
     as_margins,
@@ -49,6 +50,7 @@ class Engine(Worker):
         attention: str = "auto",
         vram: float | str | None = None,
         drop_idle: bool = False,
+        largest: LargestOptions | None = None,
         exact_rope: bool = False,
         revision: str | None = None,
         offline: bool = False,
@@ -58,10 +60,12 @@ class Engine(Worker):
         """Load a short name, a folder or a hub id.
 
         device: auto, cpu, cuda, cuda:N. dtype: auto (bfloat16 on CUDA, float32 on the CPU), bf16, fp16, fp32. quant:
-        none, int8, bnb8, nf4 (the last two through bitsandbytes), or auto: the first of none, int8 and nf4 in which a
-        picture of the trained size fits the GPU without layers that come one by one; by default as the checkpoint is
-        stored. attention: auto, sdpa, int8-qk, flash-attn, xformers. vram: GiB of the GPU that may be used, its CUDA
-        context included, or auto: what is free now, less a margin; weights that do not fit come when they are needed.
+        none, int8, bnb8, nf4 (the last two through bitsandbytes), or auto: the first of none, int8 and nf4 in which the
+        largest request fits the GPU without layers that come one by one; by default as the checkpoint is stored.
+        largest: what auto is to be ready for, a dictionary with any of task (gen, edit, ask), res or size of the
+        picture, n (pictures computed together), steps and previews; by default one picture of the trained size.
+        attention: auto, sdpa, int8-qk, flash-attn, xformers. vram: GiB of the GPU that may be used, its CUDA context
+        included, or auto: what is free now, less a margin; weights that do not fit come when they are needed.
         drop_idle: under that bound, which it needs, parts that do not fit and that a kind of request does not need are
         not kept in the host's memory after it, but read from disk again when one needs them. exact_rope: keep rotary
         frequencies in float32, which the released scripts round to bfloat16.
@@ -77,6 +81,7 @@ class Engine(Worker):
             attention=attention,
             vram=vram,
             drop_idle=drop_idle,
+            largest=largest,
             exact_rope=exact_rope,
             revision=revision,
             offline=offline,

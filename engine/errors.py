@@ -43,6 +43,12 @@ class BudgetError(UnipicError):
     exit_code = 3
 
 
+class HostMemoryError(BudgetError):
+    """The memory of the machine itself does not suffice, whatever a GPU has left."""
+
+    code = "host-memory"
+
+
 class ModelMissingError(UnipicError):
     """The model is not on disk and cannot be fetched."""
 

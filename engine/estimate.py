@@ -1,6 +1,6 @@
 """What a request will take on a card, without weights and without the card: the numbers of `unipic-run plan`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from . import families
+from .budget import bound_of, overhead
+from .choosing import AUTO, Blueprint, choose
 from .device import as_dtype, dtype_name
 from .errors import UsageError
 from .forecast import Forecast
@@ -18,19 +20,16 @@ from .gpus import Card
 from .gpus import card as card_called
 from .layers.attention import Attention
 from .loaded import Loaded
-from .making import GPU_BATCH
 from .mover import parts_of
-from .placing import CONTEXT, as_vram, no_room, usable
+from .outline import KINDS, LIMIT, PROMPT, task_of
+from .placing import no_room
 from .plan import BANDED, META, Plan, Stage, shapes
-from .request import PATCH, GenerateRequest, as_sampling
+from .request import GPU_BATCH, TASKS, Largest
 from .residency import DoesNotFit, Placement, Work, describe, fit
-from .segments import STEP, Segments, rounded
+from .segments import STEP, GrowingSegments, rounded
 from .task import Task
 from .verbs import Verbs
 
-KINDS = {"gen": "generate", "edit": "edit"}
-PROMPT = "a photograph of a red fox in deep snow at night, seen from the side, with northern lights above the trees"
-LIMIT = 64  # tokens of an answer
 PLANNED = ("none", "int8")  # bitsandbytes has no way to say what it would do
 OURS = ("sdpa", "int8-qk")
 
@@ -102,11 +101,11 @@ class Asked:
         else:
             how = {"previews": False}
             batches = {size: self.forecast.pictures(self.task, [PROMPT], size, **how) for size in self.sizes}
-        parts = parts_of(self.model, self.forecast.loaded.family.stacks)
+        parts, beside = parts_of(self.model, self.forecast.loaded.family.stacks), overhead(self.card)
         try:
-            return fit(Work(parts, batches, self.images), usable(self.vram_bytes))
+            return fit(Work(parts, batches, self.images), beside.usable(self.vram_bytes))
         except DoesNotFit as error:
-            raise no_room(error) from None
+            raise no_room(error, beside) from None
 
 
 def ask_for(
@@ -121,42 +120,44 @@ def ask_for(
     attention: str = "sdpa",
     gpu: str = "rtx4090",
     vram: float | str | None = None,
+    say: Callable[[str], object] = str,
 ) -> Asked:
-    """`task`: gen, edit or ask; `vram`: GiB, by default all of the card. Raises UsageError."""
+    """`task`: gen, edit or ask; `vram`: GiB, or auto, which leaves a margin; by default all of the card.
+
+    `quant` auto is what the engine would take for this request; `say` hears it. Raises UsageError.
+    """
     row, config = families.architecture(model)
-    if quant not in PLANNED or attention not in OURS:
+    if quant not in (*PLANNED, AUTO) or attention not in OURS:
         what = f"quant {quant} with attention {attention} cannot be planned"
-        raise UsageError(what, f"plan with {' or '.join(PLANNED)}, and {' or '.join(OURS)}")
-    if task not in (*KINDS, "ask"):
+        raise UsageError(what, f"plan with {', '.join(PLANNED)} or {AUTO}, and {' or '.join(OURS)}")
+    if task not in TASKS:
         raise UsageError(f"no plan for {task!r:.40}", "name gen, edit or ask")
     family = families.model(row.name)
     if task not in tasks_of(family):
         raise UsageError(f"{model} does not {task}", f"plan {' or '.join(tasks_of(family))}")
-    res, steps = config.resolution if res is None else res, config.rounds if steps is None else steps
-    GenerateRequest((PROMPT,), (res, res), as_sampling(0, {"n": images, "steps": steps}))  # refuses what gen would
+    size = None if res is None else (res, res)
+    largest = Largest(task, size, 1 if task == "ask" else min(images, GPU_BATCH), steps)  # refuses what gen would
     try:
         card = card_called(gpu)
-        recipe = families.recipe(row.name, quant)
     except ValueError as error:
         raise UsageError(str(error), "choose one of these") from None
-    precision = as_dtype(dtype, META)
+    precision, may = as_dtype(dtype, META), bound_of(card, vram)
+    if quant == AUTO:
+        plan = Blueprint(row.name, family, config, RoughTokens(), precision, Attention(attention), largest)
+        quant, why = choose(plan, card, overhead(card), may, moving=vram is not None)
+        say(f"quant auto: {quant}, {why}")
+        if quant not in PLANNED:
+            what = f"{quant} is what the engine would take there, and it cannot be planned"
+            raise UsageError(what, "add --quant int8")
     built = weightless(row.name, config, quant, precision, attention)
-    forecast = Forecast(Loaded(family, built, RoughTokens(), META), recipe, card)
-    made = None
-    if task != "ask":
-        size, sources = (res, res), ()
-        if task == "edit":
-            size = family.fitted_size(size, family.fits[0], res)
-            sources = (torch.empty(1, 3, *reversed(size), dtype=precision, device=META),)
-        columns, rows = (side // PATCH for side in size)
-        made = Task(KINDS[task], rows, columns, steps, config.guidance, "constant", 1.0, sources=sources)
-    may = card.vram_bytes if vram is None else min(as_vram(vram), card.vram_bytes)
-    return Asked(model, forecast, made, res, images if made else 1, card, may)
+    forecast = Forecast(Loaded(family, built, RoughTokens(), META), families.recipe(row.name, quant), card)
+    made = task_of(largest, family, config, precision)
+    return Asked(model, forecast, made, res or config.resolution, images if made else 1, card, may)
 
 
 def tasks_of(family: Verbs) -> list[str]:
     """What can be planned of what a family does."""
-    return [task for task in (*KINDS, "ask") if KINDS.get(task, task) in family.kinds]
+    return [task for task in TASKS if KINDS.get(task, task) in family.kinds]
 
 
 @lru_cache(maxsize=4)  # `doctor` asks about a few models again and again
@@ -175,9 +176,11 @@ def estimate(model: str, task: str, **how: Any) -> dict[str, Any]:
 def told(asked: Asked) -> dict[str, Any]:
     """What `plan --json` says. Raises BudgetError."""
     placement = asked.placement()
-    plan, room = asked.plan(placement.at_once), asked.vram_bytes - CONTEXT
+    plan, beside = asked.plan(placement.at_once), overhead(asked.card)
+    room = asked.vram_bytes - beside.context
     graphs, reserved = graphs_of(plan, placement), reserved_by_stage(asked.model, plan, placement)
-    fit_too = 0 < graphs.nbytes <= room - placement.peak
+    reserved = {name: nbytes + beside.workspace for name, nbytes in reserved.items()}
+    fit_too = 0 < graphs.nbytes <= room - placement.peak - beside.workspace
     stages = {
         name: {
             "peak_bytes": peak,
@@ -192,6 +195,7 @@ def told(asked: Asked) -> dict[str, Any]:
         **asked.settings(),
         "stages": stages,
         "graphs": asdict(graphs) | {"fit": fit_too},
+        "workspace_bytes": beside.workspace,
         "placement": {
             "where": dict(placement.where),
             "bands": list(placement.banded),
@@ -219,7 +223,7 @@ def graphs_of(plan: Plan, placement: Placement) -> Held:
 
 def reserved_by_stage(model: nn.Module, plan: Plan, placement: Placement) -> dict[str, int]:
     """An estimate of what torch's allocator reserves, without graphs: segments of weights and those of activations."""
-    resident, parts = Segments(), dict(model.named_children())
+    resident, parts = GrowingSegments(), dict(model.named_children())
     for name, part in parts.items():
         if placement.where[name] == "resident":
             for x in (*part.parameters(), *part.buffers()):

@@ -2,7 +2,8 @@
 
 Nothing is captured on the meta device. What is run through here runs as always, and its allocations are followed in
 segments of their own, as a capture makes them in the graphs' pool. What graphs keep are copies of what they are given
-and what they return. Counted is what they have once two pictures of one shape were made.
+and what they return. Counted is what they have once two pictures of one shape were made. Whether segments of such a
+pool grow depends on the version of torch; here they do not, so a pool may turn out smaller.
 """
 
 import weakref

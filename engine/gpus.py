@@ -13,6 +13,10 @@ from dataclasses import dataclass
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 # Of one block, by compute capability, after the KiB that the system keeps (CUDA C++ programming guide).
 SHARED_PER_BLOCK = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 120: 99 * KIB}
+# What cuBLAS works in, by stream, out of torch's allocator and for good: torch's defaults for CUBLAS_WORKSPACE_CONFIG
+# (notes on CUDA environment variables, CublasHandlePool.cpp) from Hopper on, and before: 2 x 4 MiB and 8 x 16 KiB.
+WORKSPACES = {90: 32 * MIB, 0: 8 * MIB + 128 * KIB}
+STREAMS = 2  # that multiply: the one of computing, and the one on which graphs are captured
 NODE_SECONDS = 2e-6  # a node of a replayed graph
 # Share of the peak that is reached, by kind of work and precision: the rates above over the peaks of the RTX 4090.
 _MATMUL = {"bf16": 158 / 165.2, "int8": 480 / 660.6}
@@ -35,6 +39,11 @@ class Card:
     def shared_bytes(self) -> int:
         """Shared memory that one block may ask for."""
         return SHARED_PER_BLOCK[self.capability]
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Of memory that libraries work in, on all streams."""
+        return STREAMS * WORKSPACES[90 if self.capability >= 90 else 0]
 
     @property
     def bytes_per_second(self) -> float:

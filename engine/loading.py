@@ -11,12 +11,16 @@ import torch
 from torch import nn
 
 from ..quant.recipe import Recipe
-from . import families, hub, placing, weights
+from . import budget, families, hub, limits, weights
+from .allocator import grow_segments
 from .checkpoint.manifest import Progress
 from .choosing import AUTO, Blueprint, scheme_for
 from .device import as_device, as_dtype, current, out_of_memory
 from .errors import UsageError
 from .layers.attention import resolve
+from .placing import card_of
+from .request import LargestOptions, as_largest
+from .residency import GIB
 from .tokens import Tokens
 
 T = TypeVar("T")
@@ -32,45 +36,50 @@ def load(
     attention: str,
     vram: float | str | None,
     drop_idle: bool,
+    largest: LargestOptions | None,
     exact_rope: bool,
     revision: str | None,
     offline: bool,
     on_progress: Progress | None,
     say: Callable[[str], None] | None,
 ) -> T:
-    """make(family, model, tokens, name, recipe, device, budget, say, reread): the arguments of an Engine."""
+    """make(family, model, tokens, name, recipe, device, budget, say, reread, release): the arguments of an Engine."""
     if drop_idle and vram is None:
         what = "drop_idle has no effect without vram: all weights stay where they are"
         raise UsageError(what, "add --vram auto (Engine keyword vram), or leave --drop-idle out")
+    ready_for = as_largest(largest)
     place = as_device(device)
     precision = as_dtype(dtype, place)
     scheme = AUTO if quant == AUTO else weights.as_scheme(quant)
     attend = resolve(attention, place, precision)
-    bound = None if vram == placing.AUTO else placing.bound_on(place, vram)  # a wrong number is refused at once
+    bound = None if vram == budget.AUTO else budget.bound_on(place, vram)  # a wrong number is refused at once
+    if vram is not None:
+        budget.measure_context(place)
     folder = hub.resolve(model, revision=revision, offline=offline, on_progress=on_progress, say=say)
-    if vram == placing.AUTO:  # what is free behind a pull, which may take long
-        bound = placing.bound_on(place, vram)
-    if bound is not None and vram == placing.AUTO and say:
-        say(f"vram auto: {bound / placing.GIB:.2f} GiB, what is free of the GPU less {placing.MARGIN / placing.GIB:g}")
+    if vram == budget.AUTO:  # what is free behind a pull, which may take long
+        bound = budget.bound_on(place, vram)
+    if bound is not None and vram == budget.AUTO and say:
+        say(f"vram auto: {bound / GIB:.2f} GiB, what is free of the GPU less {budget.MARGIN / GIB:g}")
     row, config = families.read(folder)
     family = families.model(row.name)
     if exact_rope and config.round_inv_freq:
         config = replace(config, round_inv_freq=False)
     tokens = Tokens(folder / "tokenizer.json", family.IMAGE, config.image_token)
     if scheme == AUTO:
-        plan = Blueprint(row.name, family, config, tokens, precision, attend)
+        plan = Blueprint(row.name, family, config, tokens, precision, attend, ready_for)
         scheme = scheme_for(plan, place, bound, weights.stored_scheme(folder), say or str)
     elif scheme is None:
         scheme = weights.stored_scheme(folder)
     recipe = families.recipe(row.name, scheme)
     build = partial(family.build, config, attend)
     first = place if bound is None else torch.device("cpu")  # from where they go to their places
-    with placing.held_to(place, bound):
+    with limits.held_to(place, bound) as release:
         with out_of_memory("loading the model"), current(place):
+            grow_segments(place, say or str)
             module = weights.assemble(build, recipe, folder, first, precision, on_progress, packed=place)
-        budget = None if bound is None else placing.usable(bound)
+        usable = None if bound is None else budget.overhead(card_of(place), place).usable(bound)
         reread = partial(reload, module, folder, precision, recipe) if drop_idle else None
-        return make(family, module.eval(), tokens, named(model, folder), recipe, place, budget, say, reread)
+        return make(family, module.eval(), tokens, named(model, folder), recipe, place, usable, say, reread, release)
 
 
 def reload(module: nn.Module, folder: Path, dtype: torch.dtype, recipe: Recipe, part: str) -> None:

@@ -16,8 +16,6 @@ from .room import Room
 from .run import Clock, Watch, run_batch
 from .task import Batch, Task
 
-GPU_BATCH = 4  # images made together on a GPU when nothing is said; on a CPU one, which its neighbours leave alone
-
 
 @dataclass(frozen=True)
 class Job:
@@ -71,9 +69,9 @@ def make_images(
         try:
             with out_of_memory("making images", f"make smaller pictures, or {TAKE_LESS}"):
                 made = run_batch(loaded, task, batch, reuse, clock, Watch(tell, cancel, preview_every))
-        except BudgetError:
+        except BudgetError as error:
             made = reuse = None  # what an earlier batch has left
-            if not room.shrink():
+            if not room.shrink(error):
                 raise
             continue
         if not made.finite:

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels._op import OPERATORS, Operator, recording
 from .formulas import FORMULAS, KIND, bytes_of, kind_of_ours, precision
-from .segments import Block, Segments, rounded
+from .segments import Block, GrowingSegments, Segments, rounded
 
 FREE = {"lift_fresh", "detach_"}  # book-keeping of torch.tensor(...)
 WHOLE: set[Any] = set()  # operations of which is known that they do not consist of others
@@ -76,7 +76,7 @@ class Meter(TorchDispatchMode):
         self.peaks: dict[str, int] = {}
         self.reserved: dict[str, int] = {}
         self._living: dict[int, tuple[weakref.ref, int, list[tuple[Segments, Block]]]] = {}  # by the storage's address
-        self._segments = [Segments()]  # the card's, and those that follow along for a while
+        self._segments: list[Segments] = [GrowingSegments()]  # the card's, and those that follow along for a while
         self._inside: list[int] = []  # launches so far in the operators of ours that are running, the innermost last
         self._since = self._highest = 0  # the peaks since the last call, and in the span that is being followed
         self.stage = ""

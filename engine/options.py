@@ -60,9 +60,11 @@ Vram = _in(
     str | None, "--vram", metavar="GIB", help="What of the GPU may be used; auto: what is free now. Else all of it."
 )
 DropIdle = _in(bool, "--drop-idle", help="With --vram: keep less in RAM after the first request; ignored on a CPU.")
-PlanQuant = _in(str | None, "--quant", metavar="NAME", help="none (unless given) or int8.")
+PlanQuant = _in(str | None, "--quant", metavar="NAME", help="none (unless given), int8, or auto: what gen would take.")
 PlanAttn = _in(str, "--attn", metavar="NAME", help="sdpa or int8-qk.")
-PlanVram = _in(str | None, "--vram", metavar="GIB", help="What of the card may be used; else all of it.")
+PlanVram = _in(
+    str | None, "--vram", metavar="GIB", help="What of the card may be used; auto: all but a margin. Else all of it."
+)
 ExactRope = _in(
     bool | None, "--exact-rope", help="Keep rotary frequencies in float32; the original rounds them in bf16."
 )

@@ -9,10 +9,8 @@
 What a request needs is known beforehand: `forecast.py`.
 """
 
-import math
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -20,87 +18,18 @@ from torch import nn
 
 from ..quant.bnb import is_packed
 from ..quant.recipe import NONE, Recipe
+from .budget import Overhead, overhead
 from .device import out_of_memory
-from .errors import BudgetError, UsageError
+from .errors import BudgetError, HostMemoryError
 from .forecast import Forecast
 from .gpus import CARDS, DEVICE_NAMES, Card
 from .loaded import Loaded, Placed
 from .mover import Mover, parts_of
-from .residency import GIB, DoesNotFit, Placement, Work, describe, fit, smaller
+from .residency import DoesNotFit, Placement, Work, describe, fit, smaller
 from .task import Task
 from .transfer import lanes
 
-CONTEXT = GIB // 2  # bytes of a card that CUDA itself takes; assumed
-SLACK = 0.94  # share of the rest that tensors may take: the allocator cannot use every byte; heuristic, never measured
-AUTO = "auto"
-MARGIN = GIB // 2  # of what is free, what `auto` leaves to other programs, which may want more later; heuristic
-BUSY = "end what else uses it (nvidia-smi shows that), or take --device cpu"
 UNKNOWN = "rtx4090"  # whose rates stand for those of a card that is not listed
-
-
-def as_vram(text: float | str) -> int:
-    """Bytes of `8`, `8GiB` or `7.5`. Raises UsageError."""
-    found = re.fullmatch(r"\s*(\d{1,4}(?:\.\d{1,3})?)\s*(?:g|gb|gib)?\s*", str(text), re.IGNORECASE | re.ASCII)
-    if not found or float(found[1]) == 0:
-        raise UsageError(f"vram {text!r:.80} is no amount of memory", "give GiB, such as 8 or 7.5")
-    return int(float(found[1]) * GIB)
-
-
-def usable(vram: int) -> int:
-    """Of so many bytes of a card, those that weights and activations may take."""
-    return int((vram - CONTEXT) * SLACK)
-
-
-def needed(usable: int) -> float:
-    """GiB of a card of which so many bytes are usable, rounded up to a hundredth."""
-    return math.ceil((usable / SLACK + CONTEXT) / GIB * 100) / 100
-
-
-def free_on(device: torch.device) -> int:
-    """Bytes of a GPU that are free, behind what CUDA itself has taken here, or takes now. Raises BudgetError."""
-    with out_of_memory("looking at the GPU", BUSY):
-        return torch.cuda.mem_get_info(device)[0]
-
-
-def bound_on(device: torch.device, vram: float | str | None) -> int | None:
-    """Bytes of the card that may be used: all that is free now less a margin for `auto`, None for no bound.
-
-    On the CPU `auto` bounds nothing. Raises UsageError; BudgetError where next to nothing is free.
-    """
-    if vram is None or (vram == AUTO and device.type != "cuda"):
-        return None
-    if vram == AUTO:
-        free = free_on(device)
-        if free <= MARGIN + CONTEXT:
-            raise BudgetError(f"{free / GIB:.1f} GiB of the GPU are free, too little to work in", BUSY)
-        return free - MARGIN + CONTEXT
-    wanted = as_vram(vram)
-    if device.type != "cuda":
-        raise UsageError(f"vram bounds what a GPU is used for, and the device is {device}", "leave it out")
-    if wanted <= 2 * CONTEXT:
-        raise UsageError(f"vram {wanted / GIB:g} GiB is little more than CUDA itself takes", "give more than 1")
-    return min(wanted, torch.cuda.get_device_properties(device).total_memory)
-
-
-@contextmanager
-def held_to(device: torch.device, bound: int | None) -> Iterator[None]:
-    """torch may reserve no more than so many bytes beside those it has, until `release`; at once where this fails."""
-    if bound is None:
-        yield
-        return
-    total = torch.cuda.get_device_properties(device).total_memory
-    reserved = torch.cuda.memory_reserved(device)  # by other engines of the process
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (reserved + bound - CONTEXT) / total), device)
-    try:
-        yield
-    except BaseException:
-        release(device)
-        raise
-
-
-def release(device: torch.device) -> None:
-    """torch may take all of the card again."""
-    torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def card_of(device: torch.device) -> Card:
@@ -166,11 +95,14 @@ class Placing:
             try:
                 found = fit(work, self.budget) if failed is None else smaller(work, failed)
             except DoesNotFit as error:
-                raise no_room(error, failed, self.spare) from None
+                beside = overhead(self.forecast.card, self.loaded.device)
+                raise no_room(error, beside, failed, self.spare) from None
             try:
                 with out_of_memory("moving weights"):
                     self._settle(found)
                 break
+            except HostMemoryError:  # of which the next placement would need more
+                raise
             except BudgetError:
                 failed = found
         self.work, self.placement, before = work, found, self.line
@@ -202,12 +134,12 @@ class Placing:
             graphs.failed["round"] = "layers are streamed"  # and have no address that a graph could know
 
 
-def no_room(error: DoesNotFit, failed: Placement | None = None, spare: int = 0) -> BudgetError:
+def no_room(error: DoesNotFit, beside: Overhead, failed: Placement | None = None, spare: int = 0) -> BudgetError:
     """What a user is told; `failed`: the smallest placement, where even that ran out of memory.
 
     `spare`: bytes that are needed beside what a placement counts.
     """
-    least = needed(error.smallest.peak + spare)
+    least = beside.needed(error.smallest.peak + spare)
     if failed is not None:
         what = f"out of memory in the smallest way there is, which was predicted to take {least:.2f} GiB of the GPU"
         return BudgetError(what, "free memory of the GPU, or ask for less at once: fewer or smaller pictures")

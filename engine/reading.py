@@ -47,9 +47,9 @@ class Reader:
                         yield token
                 self.clock.say()
                 return
-            except BudgetError:
+            except BudgetError as error:
                 self.cache = None
-                if not self.room.shrink():
+                if not self.room.shrink(error):
                     raise
 
     @torch.inference_mode()

@@ -6,7 +6,7 @@ Sizes are pixels, seeds unsigned 64-bit integers, times seconds. A field left `N
 import math
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -21,6 +21,9 @@ MAX_SIDE = 16384  # beyond this a size is a typing error; the model's context is
 MAX_SEED = 2**64 - 1
 MAX_IMAGES = 1024  # of one call: prompts x n
 
+GPU_BATCH = 4  # images made together on a GPU when nothing is said; on a CPU one, which its neighbours leave alone
+
+TASKS = ("gen", "edit", "ask")
 CFG_SCHEDULES = ("constant", "linear")
 FITS = ("keep", "crop", "longest")  # of which a model has some
 
@@ -169,6 +172,38 @@ class AskOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
+class Largest:
+    """The largest request that an engine is to be ready for, by which `quant="auto"` chooses; None: the model's own."""
+
+    task: str = "gen"
+    size: tuple[int, int] | None = None  # of the picture that is made or asked about
+    n: int = 1  # pictures computed together
+    steps: int | None = None
+    previews: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("task", self.task, TASKS)
+        if self.size is not None:
+            check_size(*self.size)
+            if self.task == "ask" and self.size[0] != self.size[1]:
+                raise UsageError(f"size {self.size} of a question is no square", "give res")
+        _whole("n", self.n, 1, MAX_IMAGES)
+        if self.steps is not None:
+            _whole("steps", self.steps, 1, 10**4)
+
+
+class LargestOptions(TypedDict, total=False):
+    """The keys of `largest`: the fields of `Largest`, and `res` for a square."""
+
+    task: str
+    res: int | None
+    size: tuple[int, int] | None
+    n: int
+    steps: int | None
+    previews: bool
+
+
+@dataclass(frozen=True)
 class Event:
     """A finished stage, or one finished round of stage "sample". `done` of `total` images preceded this batch.
 
@@ -234,14 +269,27 @@ def check_size(width: int, height: int) -> None:
             raise UsageError(f"{name} {side} is not a multiple of {PATCH}", f"use {below} or {below + PATCH}")
 
 
+def as_largest(options: LargestOptions | None) -> Largest:
+    """The options as a checked Largest."""
+    options = dict(options or {})
+    _known(options, LargestOptions)
+    res, size = options.pop("res", None), options.pop("size", None)
+    size = None if res is None and size is None else as_size(res, size, 0)
+    return Largest(size=size, **{name: _plain(value) for name, value in options.items()})
+
+
 def as_sampling(seed: int | None, options: SamplingOptions) -> Sampling:
     """The options as a checked Sampling; without a seed one is drawn."""
-    known = SamplingOptions.__annotations__
-    for name in options:
-        if name not in known:
-            raise UsageError(f"option {name!r} is unknown", f"known are seed, {', '.join(known)}")
+    _known(options, SamplingOptions, "seed")
     seed = secrets.randbits(32) if seed is None else seed
     return Sampling(**{name: _plain(value) for name, value in {"seed": seed, **options}.items()})
+
+
+def _known(options: Mapping[str, Any], allowed: Any, *more: str) -> None:
+    known = [*more, *allowed.__annotations__]
+    for name in options:
+        if name not in known:
+            raise UsageError(f"option {name!r} is unknown", f"known are {', '.join(known)}")
 
 
 def _plain(value: Any) -> Any:

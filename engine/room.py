@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 
-from .errors import UnipicWarning
+from .errors import BudgetError, HostMemoryError, UnipicWarning
 from .loaded import Loaded
 
 OFF = "memory ran out"  # why graphs are off until the next request
@@ -21,12 +21,14 @@ class Room:
         if loaded.model.graphs.off == OFF:
             loaded.model.graphs.clear()
 
-    def shrink(self) -> bool:
+    def shrink(self, error: BudgetError) -> bool:
         """Go on in less memory: what graphs hold is the first to go, then weights; False where nothing can.
 
-        Where weights stay, images are made one at a time.
+        Where weights stay, images are made one at a time. On a GPU nothing of that frees memory of the host.
         To be called when nothing is held any more of what has failed.
         """
+        if isinstance(error, HostMemoryError) and self.loaded.device.type != "cpu":
+            return False
         graphs = self.loaded.model.graphs
         if graphs.holds:
             graphs.clear(OFF)

@@ -1,14 +1,13 @@
 """What torch's caching allocator would reserve: its rules for segments, played through with numbers in place of memory.
 
-    segments = Segments()
+    segments = GrowingSegments()
     block = segments.take(nbytes)
     segments.give(block)
     segments.reserved              # never falls, as a cache that nobody empties
 
-The rules are those of torch's documentation and headers with its default settings: blocks are multiples of 512 bytes;
-up to 1 MiB they come out of segments of 2 MiB; larger ones out of segments of 20 MiB, or from 10 MiB on out of one of
-their own, a multiple of 2 MiB. The smallest free block that is large enough is taken and split; what is given back
-joins its free neighbours. On a card this is an estimate: the order in which streams give memory back is not followed.
+The rules are those of torch's documentation and headers. Blocks are multiples of 512 bytes; up to 1 MiB they are kept
+apart from larger ones. The smallest free block that is large enough is taken and split; what is given back joins its
+free neighbours. On a card this is an estimate: the order in which streams give memory back is not followed.
 """
 
 from bisect import bisect_left, insort
@@ -32,27 +31,20 @@ class Block:
 
 
 class Segments:
+    """torch's default. Small blocks come out of segments of 2 MiB, larger ones out of segments of 20 MiB, or from
+    10 MiB on out of one of their own, a multiple of 2 MiB. Blocks of ever larger sizes leave behind what is too small.
+    """
+
     def __init__(self) -> None:
         self.reserved = 0
-        self._firsts: list[Block] = []  # of each segment
         self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}  # small or not, by size
         self._known = 0  # orders blocks of one size
 
     def take(self, nbytes: int) -> Block:
         size = rounded(max(nbytes, 1))
         small = size <= SMALL
-        free = self._free[small]
-        at = bisect_left(free, (size,))
-        block = free.pop(at)[2] if at < len(free) else self._segment(size, small)
-        block.free = False
-        rest = block.nbytes - size
-        if rest >= BLOCK if small else rest > SMALL:
-            block.nbytes, behind = size, Block(rest, small, block, block.after)
-            if block.after:
-                block.after.before = behind
-            block.after = behind
-            self._keep(behind)
-        return block
+        block = self._fitting(size, small) or self._segment(size, small)
+        return self._cut(block, size, least=BLOCK if small else SMALL + BLOCK)
 
     def give(self, block: Block) -> None:
         if block.after and block.after.free:
@@ -64,27 +56,35 @@ class Segments:
         self._keep(block)
 
     def copy(self) -> "Segments":
-        """Others in the same state. What lives there is never given back."""
-        other = Segments()
+        """Others in the same state. What lives there is never given back, so it only keeps free blocks apart."""
+        other = type(self)()
         other.reserved = self.reserved
-        for block in self._firsts:
-            before = None
-            while block:
-                made = Block(block.nbytes, block.small, before)
-                if before:
-                    before.after = made
-                else:
-                    other._firsts.append(made)
-                if block.free:
-                    other._keep(made)
-                before, block = made, block.after
+        for *_, block in (*self._free[True], *self._free[False]):
+            other._keep(Block(block.nbytes, block.small))
         return other
 
     def _segment(self, size: int, small: bool) -> Block:
         nbytes = SMALL_SEGMENT if small else SHARED_SEGMENT if size < LARGE else rounded(size, STEP)
         self.reserved += nbytes
-        self._firsts.append(Block(nbytes, small))
-        return self._firsts[-1]
+        return Block(nbytes, small)
+
+    def _fitting(self, size: int, small: bool) -> Block | None:
+        """The smallest free block of at least that size, which is free no more."""
+        free = self._free[small]
+        at = bisect_left(free, (size,))
+        return free.pop(at)[2] if at < len(free) else None
+
+    def _cut(self, block: Block, size: int, least: int) -> Block:
+        """The block in use; what it has above the size is free, if it is not less than `least`."""
+        block.free = False
+        rest = block.nbytes - size
+        if rest >= least:
+            block.nbytes, behind = size, Block(rest, block.small, block, block.after)
+            if block.after:
+                block.after.before = behind
+            block.after = behind
+            self._keep(behind)
+        return block
 
     def _joined(self, block: Block, behind: Block) -> Block:
         block.nbytes, block.after = block.nbytes + behind.nbytes, behind.after
@@ -103,3 +103,48 @@ class Segments:
         while free[at][2] is not block:
             at += 1
         del free[at]
+
+
+class GrowingSegments(Segments):
+    """With `expandable_segments:True`, which `allocator.py` asks for: one segment for small blocks, one for all others.
+
+    They grow at their end by pages of 2 and 20 MiB. What is free before that end is a hole, and taken first.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._top: dict[bool, Block | None] = {True: None, False: None}  # the last block in use
+        self._tail = {True: 0, False: 0}  # free bytes behind it
+
+    def take(self, nbytes: int) -> Block:
+        size = rounded(max(nbytes, 1))
+        small = size <= SMALL
+        if hole := self._fitting(size, small):
+            return self._cut(hole, size, least=BLOCK)
+        pages = rounded(max(0, size - self._tail[small]), SMALL_SEGMENT if small else SHARED_SEGMENT)
+        self.reserved += pages
+        self._tail[small] += pages - size
+        below = self._top[small]
+        self._top[small] = block = Block(size, small, before=below)
+        if below:
+            below.after = block
+        return block
+
+    def give(self, block: Block) -> None:
+        if block is not self._top[block.small]:
+            super().give(block)
+            return
+        below = block.before
+        self._tail[block.small] += block.nbytes
+        if below and below.free:
+            self._forget(below)
+            self._tail[block.small] += below.nbytes
+            below = below.before
+        if below:
+            below.after = None
+        self._top[block.small] = below
+
+    def copy(self) -> "GrowingSegments":
+        other = super().copy()
+        other._tail = dict(self._tail)
+        return other

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-from .estimate import LIMIT, PROMPT, Asked
+from .estimate import Asked
+from .outline import LIMIT, PROMPT
 from .plan import BANDED, seconds_of
 from .residency import Placement
 

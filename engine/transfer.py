@@ -11,6 +11,7 @@ back in the order of `compute`. That makes three rules enough, and the host neve
     memory is given back when the copy into it is done                                     Berth.free
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,6 +19,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from .errors import UnipicWarning
 
 ALIGN = 512  # bytes, of each tensor in a buffer, as the allocator does it
 LEAST_PIECE = 2**20  # bytes; what is smaller is pinned as it is
@@ -56,13 +59,26 @@ class CudaLanes(Lanes):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.side = torch.cuda.Stream(device)
+        self.pins = True  # until the system refuses
 
     def pieces(self, nbytes: int) -> list[Tensor]:
-        """Pinned. torch rounds such memory up to a power of two, so it is asked for in powers of two."""
+        """Pinned, or all but pinned; torch rounds such memory up to a power of two, so it is asked for in these."""
         sizes = []
         while left := nbytes - sum(sizes):
             sizes.append(left if left <= LEAST_PIECE else 1 << left.bit_length() - 1)
-        return [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes]
+        return [self._piece(size) for size in sizes]
+
+    def _piece(self, nbytes: int) -> Tensor:
+        """Where the system pins no more, ordinary memory: a copy from there is right as well, but the host waits."""
+        if self.pins:
+            try:
+                return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            except (RuntimeError, MemoryError) as error:
+                self.pins = False
+                why = str(error).partition("\n")[0] or type(error).__name__
+            text = f"no more memory can be pinned ({why}): other weights wait in ordinary memory, and come more slowly"
+            warnings.warn(text, UnipicWarning, stacklevel=2)
+        return torch.empty(nbytes, dtype=torch.uint8)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         with torch.cuda.stream(self.side):

@@ -20,12 +20,12 @@ from .device import current, dtype_name, memory_peak, out_of_memory, reset_memor
 from .errors import UnipicWarning, UsageError
 from .loaded import Loaded
 from .lock import CallLock
-from .making import GPU_BATCH, Job, jobs_of, make_images
+from .making import Job, jobs_of, make_images
 from .noise import Noise
-from .placing import Placing, release
+from .placing import Placing
 from .prepare import Defaults, Finish, note_doubts
 from .reading import Reader, answer_all
-from .request import Answer, AskRequest, CancelToken, EditRequest, Event, GenerateRequest, Result
+from .request import GPU_BATCH, Answer, AskRequest, CancelToken, EditRequest, Event, GenerateRequest, Result
 from .room import Room
 from .run import Clock
 from .task import Task
@@ -47,12 +47,14 @@ class Worker:
         budget: int | None = None,
         say: Callable[[str], None] | None = None,
         reread: Callable[[str], None] | None = None,
+        release: Callable[[], object] = lambda: None,
     ) -> None:
         """`model` = family.build(config), filled, with the recipe's layers; its parameters say which precision is used.
 
         `device`: where it computes, by default where it is. `budget`: bytes that its weights and activations may take
         there; what does not fit waits in the host's memory, and `say` hears where everything lies. `reread(part)` fills
-        a part anew: with it, parts that a kind of request does not need do not wait there.
+        a part anew: with it, parts that a kind of request does not need do not wait there. `release` is called once,
+        when the engine is closed or forgotten.
         """
         place = device or next(model.parameters()).device
         self.loaded: Loaded | None = Loaded(family, model, tokens, place)
@@ -62,6 +64,8 @@ class Worker:
         self.family, self.attention = family, family.attention_backend(model)
         self.defaults = Defaults(self.config.rounds, self.config.guidance)
         self.lock = CallLock()
+        self._release = weakref.finalize(self, release)
+        self._release.atexit = False
         self._streams: weakref.WeakSet[Generator[str]] = weakref.WeakSet()
 
     def __enter__(self) -> Self:
@@ -78,12 +82,11 @@ class Worker:
         with self.lock:
             if self.loaded is not None:
                 self.loaded.model.graphs.clear()  # which hold the model that holds them
-            bounded, self.loaded, self.placing = self.placing is not None, None, None
+            self.loaded = self.placing = None
             if self.device.type == "cuda":
                 gc.collect()  # a mover and the model it has hooks in hold each other
                 torch.cuda.empty_cache()
-                if bounded:
-                    release(self.device)
+            self._release()
 
     def _images(
         self,

@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from unipic_run import Engine
 from unipic_run.cli import main
 from unipic_run.engine.arguments import parse_outpaint, parse_size
 from unipic_run.engine.errors import OutputError, UsageError
 from unipic_run.engine.outputs import Outputs
 from unipic_run.engine.png_metadata import read_settings, save_png
-from unipic_run.engine.request import Sampling
+from unipic_run.engine.request import Sampling, as_largest
 from unipic_run.engine.saving import Order
 from unipic_run.engine.terminal import printable
 
@@ -402,6 +403,36 @@ def test_an_unwritable_folder_is_refused_first(run):
     Path("closed").mkdir(mode=0o500)
     code, _, err = run("gen", "x", "-o", "closed/a.png")
     assert code == 2 and "not writable" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "declared"),
+    [
+        (["gen", "x"], {"task": "gen", "n": 1}),
+        (
+            ["gen", "x", "-n", "9", "--size", "64x32", "--steps", "3"],
+            {"task": "gen", "size": (64, 32), "n": 4, "steps": 3},
+        ),
+        (
+            ["gen", "x", "-n", "9", "--batch-size", "6", "--preview-every", "2"],
+            {"task": "gen", "n": 6, "previews": True},
+        ),
+        (["edit", "photo.jpg", "x"], {"task": "edit", "n": 1}),
+        (["edit", "photo.jpg", "x", "--res", "64"], {"task": "edit", "n": 1, "size": (64, 64)}),
+        (["edit", "photo.jpg", "x", "--outpaint", "0,0,9,16"], {"task": "edit", "n": 1, "size": (144, 112)}),
+        (["ask", "photo.jpg", "x", "--res", "64"], {"task": "ask", "size": (64, 64)}),
+    ],
+)
+def test_a_command_declares_its_own_request_as_the_largest(run, photo, monkeypatch, words, declared):
+    heard = []
+
+    def load(**how):
+        heard.append(how["largest"])
+        raise UsageError("enough")
+
+    monkeypatch.setattr(Engine, "from_pretrained", load)
+    assert run(*words, "--quant", "auto")[0] == 2
+    assert as_largest(heard[0]) == as_largest(declared)
 
 
 def test_words_become_values():

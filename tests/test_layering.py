@@ -20,8 +20,9 @@ ENGINE = (
     "models",
     "families",
     "verbs run text prepare reading making room loaded",
-    "plan kept_plans residency mover transfer forecast placing weights hub pins checkpoint.convert",
-    "engine worker loading choosing estimate arguments saving facts info",
+    "plan kept_plans residency mover transfer forecast nvml budget limits allocator placing weights hub pins "
+    "checkpoint.convert",
+    "engine worker loading outline choosing estimate arguments saving facts info",
     "timeline plot fits doctor",
 )
 STOREY = {f"engine.{name}": height for height, names in enumerate(ENGINE) for name in names.split()}

@@ -90,7 +90,7 @@ def gpu(monkeypatch, tmp_path, driver):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(vram, "the_card", lambda: CARD)
     monkeypatch.setattr(vram, "random_checkpoint", lambda *_: 5 * GIB)
-    monkeypatch.setattr(vram, "predicted", lambda *_: {"graphs": {"kept": 10 * MIB}})
+    monkeypatch.setattr(vram, "predicted", lambda *_: {"graphs": {"kept": 6 * MIB}, "workspace_bytes": 4 * MIB})
     monkeypatch.setenv("UNIPIC_RUN_CACHE", str(tmp_path))
 
     def run(reports, *arguments, seen=None):

@@ -61,7 +61,7 @@ def test_without_nvml_the_reason_is_told(monkeypatch):
 
 def test_ballast_leaves_what_the_smaller_card_would(monkeypatch):
     assert ballast.ballast_bytes(free=23 * GIB, vram=6 * GIB, context=GIB // 2) == int(17.5 * GIB)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(ballast, "measure_context", lambda device: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * GIB, 24 * GIB))
     taken, card = [], torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())

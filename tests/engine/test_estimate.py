@@ -4,9 +4,9 @@ import json
 
 import pytest
 from unipic_run.cli import main
+from unipic_run.engine.budget import CONTEXT, MARGIN
 from unipic_run.engine.errors import BudgetError, UsageError
 from unipic_run.engine.estimate import estimate
-from unipic_run.engine.placing import CONTEXT
 
 GIB = 2**30
 SMALL = {"res": 256, "steps": 2}
@@ -47,6 +47,21 @@ def test_less_memory_moves_more_and_takes_longer():
     assert tight["placement"]["peak_bytes"] < 1.1 * GIB < whole["placement"]["peak_bytes"]
     assert tight["placement"]["seconds"] > whole["placement"]["seconds"]
     assert "streamed" in tight["placement"]["line"]
+
+
+def test_quant_auto_plans_what_the_engine_would_take(capsys, monkeypatch):
+    monkeypatch.setattr("unipic_run.engine.choosing.has_bitsandbytes", lambda: False)
+    for vram, quant in ((None, "none"), ("auto", "none"), (4, "int8")):
+        said = []
+        found = estimate("unipic", "gen", **SMALL, quant="auto", vram=vram, say=said.append)
+        assert found == estimate("unipic", "gen", **SMALL, quant=quant, vram=vram)
+        assert found["quant"] == quant and said[0].startswith(f"quant auto: {quant}, 256x256 takes")
+        assert found["vram_bytes"] == {None: 24 * GIB, "auto": 24 * GIB - MARGIN, 4: 4 * GIB}[vram]
+    assert main(["plan", "edit", "--res", "256", "--steps", "2", "-n", "4", "--quant", "auto", "--vram", "4"]) == 0
+    assert "quant auto: int8, 4 edits of 256x256 take" in capsys.readouterr().err
+    monkeypatch.setattr("unipic_run.engine.estimate.choose", lambda *_, **__: ("nf4", "so"))
+    with pytest.raises(UsageError, match="nf4 is what the engine would take there"):
+        estimate("unipic", "gen", **SMALL, quant="auto")
 
 
 @pytest.mark.parametrize("task", ["edit", "ask"])

@@ -6,10 +6,10 @@ import pytest
 from unipic_run.bench.random_model import architecture
 from unipic_run.cli import main
 from unipic_run.engine import families, fits
+from unipic_run.engine.budget import CONTEXT
 from unipic_run.engine.errors import UnsupportedDeviceError
 from unipic_run.engine.facts import Gpu
 from unipic_run.engine.fits import fits_on, told
-from unipic_run.engine.placing import CONTEXT
 
 GIB = 2**30
 CARD = Gpu("NVIDIA GeForce RTX 3060", (8, 6), 11 * GIB, 12 * GIB)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from unipic_run import Engine
 from unipic_run.engine.device import out_of_memory
-from unipic_run.engine.errors import BudgetError, UsageError
+from unipic_run.engine.errors import BudgetError, HostMemoryError, UsageError
 from unipic_run.engine.precision import true_float32
 
 QUICK = {"res": 64, "steps": 3}
@@ -115,14 +115,12 @@ class Big:
     "failure",
     [
         torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("can't allocate memory: 9 bytes"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("GET was unable to find an engine to execute this computation"),
         RuntimeError("Unable to find an engine"),
-        MemoryError(),
     ],
-    ids=lambda failure: str(failure)[:20] or "MemoryError",
+    ids=lambda failure: str(failure)[:20],
 )
 def test_running_out_of_memory_frees_what_the_failed_call_held(failure: Exception) -> None:
     held: list[weakref.ref] = []
@@ -140,9 +138,24 @@ def test_running_out_of_memory_frees_what_the_failed_call_held(failure: Exceptio
 def test_the_remedy_is_one_that_helps() -> None:
     for remedy in ({}, {"remedy": "wait"}):
         with pytest.raises(BudgetError) as caught, out_of_memory("painting", **remedy):
-            raise MemoryError
+            raise torch.OutOfMemoryError
         assert caught.value.remedy == remedy.get("remedy", caught.value.remedy)
         assert remedy or ("--vram auto" in caught.value.remedy and "--quant int8" in caught.value.remedy)
+
+
+def test_memory_of_the_machine_is_not_taken_for_the_gpus() -> None:
+    def work() -> None:
+        torch.empty(2**50, dtype=torch.uint8)
+
+    def fail() -> None:
+        raise MemoryError
+
+    for how in (work, fail):
+        with pytest.raises(HostMemoryError) as caught, out_of_memory("painting", "buy a larger GPU"):
+            how()
+        assert caught.value.what.startswith("out of the machine's own memory (RAM) while painting (")
+        assert "end other programs" in caught.value.remedy and "GPU" not in str(caught.value)
+        assert caught.value.exit_code == BudgetError.exit_code == 3
 
 
 def test_other_errors_pass_through() -> None:

@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from torch.overrides import TorchFunctionMode
-from unipic_run.engine.errors import BudgetError, UnipicWarning
+from unipic_run.engine.errors import BudgetError, HostMemoryError, UnipicWarning
 from unipic_run.engine.graphs import Graphs
 from unipic_run.engine.room import Room
 
 HOW = {"res": 64, "steps": 3, "seed": 5}
 ASKED = {"res": 64, "max_new_tokens": 6, "seed": 3}
+FULL = BudgetError("out of memory")
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 pytestmark = pytest.mark.filterwarnings("ignore:64x64 is far", "ignore:32x32 is far")
 
@@ -124,18 +125,28 @@ def test_graphs_are_the_first_to_go():
     graphs, room = loaded.model.graphs, Room(loaded, 4, less=lambda: (loaded, 1))
     assert graphs.holds
     with going_on(1):
-        assert room.shrink() and room.at_once == 4
+        assert room.shrink(FULL) and room.at_once == 4
     assert not graphs.holds and graphs.off
-    assert room.shrink() and room.at_once == 1, "nothing is done again for graphs that are gone"
+    assert room.shrink(FULL) and room.at_once == 1, "nothing is done again for graphs that are gone"
     graphs.counts.captures += 1  # but given up meanwhile
-    assert not Room(loaded).shrink()
+    assert not Room(loaded).shrink(FULL)
+
+
+def test_what_frees_memory_of_a_gpu_is_not_tried_for_the_machines_own():
+    loaded = with_graphs("cuda")
+    room = Room(loaded, 4, less=lambda: pytest.fail("weights of the GPU would go to the machine's memory"))
+    with going_on(0):
+        assert not room.shrink(HostMemoryError("no RAM"))
+    assert loaded.model.graphs.holds and room.at_once == 4
+    with going_on(1):
+        assert Room(with_graphs(), 4).shrink(HostMemoryError("no RAM")), "where both are one"
 
 
 def test_the_next_request_tries_graphs_again_and_leaves_other_reasons_alone():
     loaded = with_graphs()
     graphs = loaded.model.graphs
     with going_on(1):
-        Room(loaded).shrink()
+        Room(loaded).shrink(FULL)
     assert graphs.refusal("round", torch.device("cpu"))
     Room(loaded)
     assert not graphs.refusal("round", torch.device("cpu"))
@@ -144,11 +155,11 @@ def test_the_next_request_tries_graphs_again_and_leaves_other_reasons_alone():
     assert graphs.off == "watched"
 
 
-def with_graphs():
-    """A model that has captured one function."""
+def with_graphs(device="cpu"):
+    """A model on a device that has captured one function."""
     graphs = Graphs(lambda function, device, first: (lambda: None, function()), "cpu")
     graphs.run("round", 1, torch.neg, (torch.ones(2),), at_sight=True)
-    return SimpleNamespace(model=SimpleNamespace(graphs=graphs))
+    return SimpleNamespace(model=SimpleNamespace(graphs=graphs), device=torch.device(device))
 
 
 def test_without_a_budget_pictures_go_on_one_at_a_time(tiny_engine, monkeypatch):

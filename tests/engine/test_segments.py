@@ -2,7 +2,8 @@
 
 import random
 
-from unipic_run.engine.segments import Segments
+import pytest
+from unipic_run.engine.segments import GrowingSegments, Segments
 
 MIB = 2**20
 
@@ -34,16 +35,67 @@ def test_the_smallest_that_is_large_enough_is_taken_and_a_rest_of_a_mib_stays_wi
     assert segments.take(30 * MIB) is large and large.nbytes == 30 * MIB and segments.reserved == 96 * MIB
 
 
-def test_whatever_comes_and_goes_all_room_is_accounted_for():
-    draw, segments, living = random.Random(5), Segments(), []
+@pytest.mark.parametrize("kind", [Segments, GrowingSegments])
+def test_whatever_comes_and_goes_all_room_is_accounted_for(kind):
+    draw, segments, living = random.Random(5), kind(), []
     for _ in range(3000):
         if living and draw.random() < 0.5:
             segments.give(living.pop(draw.randrange(len(living))))
         else:
             living.append(segments.take(draw.choice((700, 300_000, 3 * MIB, 30 * MIB)) + draw.randrange(9999)))
-        assert segments.reserved >= sum(block.nbytes for block in living)
+        assert segments.reserved == free_in(segments) + sum(block.nbytes for block in living)
+    draw.shuffle(living)
     for block in living:
         segments.give(block)
-    free = [row for rows in segments._free.values() for row in rows]
-    assert sum(size for size, *_ in free) == segments.reserved
-    assert all(block.before is block.after is None for *_, block in free), "segments are whole again"
+    assert free_in(segments) == segments.reserved
+    holes = [row for rows in segments._free.values() for row in rows]
+    assert all(block.before is block.after is None for *_, block in holes), "segments are whole again"
+    assert kind is Segments or not holes
+
+
+def free_in(segments):
+    """Bytes."""
+    holes = sum(size for rows in segments._free.values() for size, *_ in rows)
+    return holes + sum(getattr(segments, "_tail", {}).values())
+
+
+# ---- segments that grow
+
+
+def test_one_segment_grows_by_pages():
+    segments = GrowingSegments()
+    for nbytes, reserved in ((MIB, 2), (MIB, 2), (512, 4), (MIB + 1, 24), (18 * MIB, 24), (30 * MIB, 64)):
+        segments.take(nbytes)
+        assert segments.reserved == reserved * MIB, nbytes
+
+
+def test_ever_larger_blocks_leave_nothing_behind():
+    fixed, growing = Segments(), GrowingSegments()
+    for size in range(12, 60, 3):
+        for segments in (fixed, growing):
+            kept, block = segments.take(2 * MIB), segments.take(size * MIB)
+            segments.give(block)
+            segments.give(kept)
+    assert growing.reserved == 60 * MIB < fixed.reserved / 5
+
+
+def test_a_hole_is_taken_before_the_end_of_the_segment():
+    segments = GrowingSegments()
+    first, second = segments.take(8 * MIB), segments.take(8 * MIB)
+    segments.give(first)
+    assert segments.take(3 * MIB) is first and first.after.nbytes == 5 * MIB, "although 4 MiB at the end fit better"
+    segments.give(second)
+    assert segments.take(17 * MIB) and segments.reserved == 20 * MIB, "the hole, the block and the end are one again"
+
+
+def test_a_copy_goes_on_alone():
+    segments = GrowingSegments()
+    blocks = [segments.take(6 * MIB) for _ in range(3)]
+    segments.give(blocks[1])
+    other = segments.copy()
+    hole, end = other.take(6 * MIB), other.take(2 * MIB)
+    assert other.reserved == segments.reserved == 20 * MIB
+    other.take(30 * MIB)
+    other.give(end)
+    other.give(hole)
+    assert other.reserved == 60 * MIB and segments.reserved == 20 * MIB

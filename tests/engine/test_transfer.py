@@ -3,13 +3,14 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from unipic_run.engine.errors import UnipicWarning
 from unipic_run.engine.kv_cache import KVCache, Prompts
 from unipic_run.engine.layers.attention import Attention
 from unipic_run.engine.layers.qwen2 import Qwen2, Qwen2Config
 from unipic_run.engine.meter import Meter
 from unipic_run.engine.mover import Mover, parts_of
 from unipic_run.engine.residency import Placement, Where
-from unipic_run.engine.transfer import CudaLanes, Lanes, lanes, tensors_of
+from unipic_run.engine.transfer import CudaLanes, Lanes, Pack, lanes, tensors_of
 from unipic_run.quant.int8 import Int8Linear, quantise_weight
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -75,10 +76,39 @@ def test_pinned_memory_is_asked_for_in_powers_of_two(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "empty", lambda size, **how: asked.append((size, how["pin_memory"])))
     for nbytes in (0, 512, 2**20, 93_642_752):
         asked.clear()
-        CudaLanes.pieces(None, nbytes)
+        without_a_card().pieces(nbytes)
         assert sum(size for size, _ in asked) == nbytes and all(pinned for _, pinned in asked)
         assert all(size.bit_count() == 1 for size, _ in asked if size > 2**20)
     assert len(asked) < 10
+
+
+def test_where_no_more_can_be_pinned_weights_wait_in_ordinary_memory_and_it_is_said_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    empty, left = torch.empty, [2**21]
+
+    def pinned(size: int, pin_memory: bool = False, **how: object) -> Tensor:
+        left[0] -= size if pin_memory else 0
+        if pin_memory and left[0] < 0:
+            raise RuntimeError("CUDA error: out of memory\nCompile with ...")
+        return empty(size, **how)
+
+    model, lanes = llm(), without_a_card()
+    monkeypatch.setattr(torch, "empty", pinned)
+    with pytest.warns(UnipicWarning, match=r"no more memory can be pinned \(CUDA error: out of memory\)") as said:
+        sizes = [len(piece) for _ in range(2) for piece in lanes.pieces(3 * 2**20 + 512)]
+    assert sizes == 2 * [2**21, 2**20, 512] and len(said) == 1
+    expected = model.state_dict()["llm.norm.weight"].clone()
+    pack = Pack(model.modules(), lanes)
+    assert model["llm"].norm.weight.is_meta
+    pack.settle(CPU)
+    assert model["llm"].norm.weight.equal(expected)
+
+
+def without_a_card() -> CudaLanes:
+    lanes = CudaLanes.__new__(CudaLanes)
+    lanes.device, lanes.host, lanes.pins = torch.device("cuda", 0), CPU, True
+    return lanes
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from unipic_run import Engine
-from unipic_run.engine import families, placing, weights
+from unipic_run.engine import budget, families, limits, weights
 from unipic_run.engine.checkpoint import manifest
 from unipic_run.engine.checkpoint.convert import convert
 from unipic_run.engine.errors import BudgetError, CorruptWeightsError, OutputError, UsageError
@@ -173,8 +173,8 @@ def test_nf4_keeps_to_a_budget_with_what_can_move(tiny_release, monkeypatch):
     how = {"device": "cpu", "dtype": "bf16", "quant": "nf4"}
     with Engine.from_pretrained(tiny_release, **how) as engine:
         expected = engine.generate("a red fox", **QUICK).images[0]
-    monkeypatch.setattr(placing, "bound_on", lambda device, vram: 4 * placing.GIB)
-    monkeypatch.setattr(placing, "held_to", lambda device, bound: nullcontext())
+    monkeypatch.setattr(budget, "bound_on", lambda device, vram: 4 * 2**30)
+    monkeypatch.setattr(limits, "held_to", lambda device, bound: nullcontext(str))
     with Engine.from_pretrained(tiny_release, **how, vram=4) as engine:
         lines = []
         with pytest.raises(BudgetError, match="are the least"):
