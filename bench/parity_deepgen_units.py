@@ -149,7 +149,7 @@ class Units:
         self.ledger.compare_scaled("sched.step_out", euler_step(x, velocity, sigmas[1] - sigmas[0]))
 
     def sizes(self) -> None:
-        """UniPic-2's own rule is not ours: it rounds to nothing for thin pictures."""
+        """UniPic-2's original rounds a side of thin pictures to nothing, of which the record has none."""
         (raw,) = self.given("resize.raw")
         image = Image.fromarray(raw.numpy())
         made = resize(image, fitted_size(image.size, "longest", 128))

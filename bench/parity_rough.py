@@ -67,7 +67,7 @@ class RoughLedger(Ledger):
         away = (ours - exact).norm() / (exact.norm() or 1.0) if ours.shape == exact.shape else torch.tensor(torch.inf)
         self.limit(name, away.item(), bound(name))
 
-    def compare_levels(self, name: str, ours: Tensor, recorded: Tensor) -> None:
+    def compare_levels(self, name: str, ours: Tensor, recorded: Tensor, share_off: float = INFORMATIVE) -> None:
         self.compare(name, ours, bound(name), recorded)
 
     def compare_ids(self, ours: Any, recorded: Tensor) -> None:

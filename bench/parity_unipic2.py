@@ -10,6 +10,7 @@ from torch import Tensor
 from unipic_run.bench.parity_case import Case
 from unipic_run.bench.parity_deepgen import INJECTED, LEVELS_OFF, WatchedSampler, replay_levels, tape
 from unipic_run.bench.parity_ledger import EXACT, Ledger
+from unipic_run.bench.parity_stream import Stream
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.errors import UnipicWarning
 from unipic_run.engine.models.deepgen import model as deepgen
@@ -50,6 +51,7 @@ def replay_kontext(engine: Engine, case: Case) -> Ledger:
 def replay_metaquery(engine: Engine, case: Case) -> Ledger:
     """A case of kind `unipic2_metaquery`."""
     ledger, model = case.ledger(), engine.loaded.model
+    stream = Stream(model)
     task = task_of(ledger, engine, case)
     seen, prompts = conditions(engine, case, task)
     grids = [picture.grid for picture in seen.pictures]
@@ -57,13 +59,13 @@ def replay_metaquery(engine: Engine, case: Case) -> Ledger:
         patches, rows, columns = as_patches(smaller(task.sources[0]))
         ledger.compare_scaled("vis.patches", patches)
         ledger.compare("vis.grid_thw", [[1, rows, columns]] * 2, EXACT)  # the same picture in both rows
-        ledger.compare_scaled("vis.embeds", torch.cat([seen.pictures[0].features] * 2))
+        ledger.compare_scaled("vis.embeds", stream.plain(torch.cat([seen.pictures[0].features] * 2)))
     texts = [metaquery.turn(task.kind, text, len(grids)) for text in said(case)]
     ids = [as_ids(engine.loaded.tokens, text, engine.config.image_token, grids) for text in texts]
     compare_rows(ledger, ids, engine.config.connector.queries)
     hidden = torch.cat([seen.states[text] for text in texts])
     text, pooled = model.connector(hidden)
-    ledger.compare_scaled("query_hidden", hidden)
+    ledger.compare_scaled("query_hidden", stream.plain_normed(hidden))
     ledger.compare_scaled("seq", text)
     ledger.compare_scaled("pooled", pooled)
     ledger.compare_scaled("dit_pooled_uncond_cond", pooled.flip(0))

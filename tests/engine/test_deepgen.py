@@ -113,16 +113,18 @@ def test_answers_end_and_can_be_continued(engine):
 def test_a_smaller_budget_moves_more_and_changes_nothing(engine):
     expected, loaded, lines = engine.edit(photo(), "make it night", **HOW).images[0], engine.loaded, []
     with Engine(loaded.family, loaded.model, loaded.tokens, "tiny", NONE, loaded.device, 2**40) as bounded:
+        budgets = [2**40]
         for _ in range(12):
+            bounded.placing.budget = budgets[-1]
             try:
                 made = bounded.edit(photo(), "make it night", **HOW).images[0]
             except BudgetError:
-                bounded.placing.budget = before
                 break
             lines.append(bounded.placing.line)
             assert away(made, expected) <= 1, lines[-1]
-            before, bounded.placing.budget = bounded.placing.budget, bounded.placing.placement.peak - 1
+            budgets.append(bounded.placing.placement.peak - 1)
         assert len(lines) >= 3 and "streamed" in lines[-1], lines
+        bounded.placing.budget = budgets[-2]
         how = {"res": 64, "max_new_tokens": 3}
         assert bounded.ask(photo(), "what?", **how).ids == engine.ask(photo(), "what?", **how).ids
         bounded.placing.budget = 2**40

@@ -156,7 +156,7 @@ def test_runs_equal_the_recorded_ones(name: str, models: Mapping[str, Model], mo
 
 def compare_kontext(model: Model, told: dict[str, Any], tensors: Mapping[str, Tensor], seen: Any) -> None:
     texts = [told["prompt"], told["negative_prompt"]]
-    assert [*seen.text] == texts
+    assert {*seen.text} == {*texts}
     for encoder, end in zip(TOKENIZERS, ENDS, strict=True):
         ids = [ids_of(model.tokens, model.module.config, encoder, text) for text in texts]
         assert torch.equal(torch.tensor(ids), tensors[f"tokenizer{end}.input_ids"])
@@ -166,7 +166,7 @@ def compare_kontext(model: Model, told: dict[str, Any], tensors: Mapping[str, Te
 
 
 def compare_metaquery(model: Model, told: dict[str, Any], tensors: Mapping[str, Tensor], seen: Any) -> None:
-    states = torch.cat([*seen.states.values()])
+    states = torch.cat([*seen.states.values()])  # conditional row first
     close(states, tensors["query_hidden"])
     with torch.inference_mode():
         text, pooled = model.module.connector(states)

@@ -135,8 +135,7 @@ def look(model: DeepGen, tokens: Tokens, task: Task, batch: Batch, reuse: Condit
     pictures = reuse.pictures if reuse else tuple(see(model, pixels) for pixels in task.sources)
     known, prompts, rows = {}, {}, texts_of(task, batch)
     if reuse:
-        known, prompts = reuse.states, {row: reuse.prompts[row] for row in rows if row in reuse.prompts}
-        reuse.prompts.clear()
+        known, prompts = reuse.states, taken_over(reuse.prompts, rows)
     image_token, grids, more = model.config.image_token, [x.grid for x in pictures], model.config.connector.queries
     lengths, inputs = {}, {}
     for pair in dict.fromkeys(row for row in rows if row not in prompts):
@@ -148,6 +147,15 @@ def look(model: DeepGen, tokens: Tokens, task: Task, batch: Batch, reuse: Condit
     if None not in known:
         inputs[None] = pad(model)
     return Conditions(pictures, lengths, inputs, known, prompts)
+
+
+def taken_over(
+    prompts: dict[tuple[str, str], Guided], rows: Sequence[tuple[str, str]]
+) -> dict[tuple[str, str], Guided]:
+    """Of an earlier batch's prompts those that come again; it has none afterwards."""
+    kept = {row: prompts[row] for row in rows if row in prompts}
+    prompts.clear()
+    return kept
 
 
 def rows_of(pair: tuple[str, str], task: Task) -> tuple[str, ...]:

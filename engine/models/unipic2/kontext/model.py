@@ -22,7 +22,7 @@ from ....task import Batch, Task
 from ....tokens import Tokens
 from ...deepgen.limits import check_task, max_image_tokens  # noqa: F401 (the engine asks the family)
 from ...deepgen.mmdit import MMDiT
-from ...deepgen.model import decode, latents, sample, schedule  # noqa: F401
+from ...deepgen.model import decode, latents, rows_of, sample, schedule, taken_over  # noqa: F401
 from ...deepgen.modulation import Modulation
 from ...deepgen.sampler import Guided
 from ..limits import fitted_size  # noqa: F401
@@ -93,50 +93,51 @@ class Conditions:
     clip: Mapping[str, Tensor] = field(default_factory=dict)  # (1, 77, D)
     pooled: Mapping[str, Tensor] = field(default_factory=dict)  # (1, pooled)
     text: Mapping[str, Tensor] = field(default_factory=dict)  # (1, M, D)
-    prompts: Mapping[tuple[str, str], Guided] = field(default_factory=dict)
+    prompts: dict[tuple[str, str], Guided] = field(default_factory=dict)
     rows: tuple[tuple[str, str], ...] = ()  # of each picture of the batch, its entry of `prompts`
 
 
 def look(model: Kontext, tokens: Tokens, task: Task, batch: Batch, reuse: Conditions | None = None) -> Conditions:
     """Both CLIPs' view of the prompts; the source, and prompts that are there already, are kept from `reuse`."""
-    known = reuse or Conditions(tuple(Picture(model.vae_encoder(pixels)) for pixels in task.sources))
-    wanted = {
-        text: None for pair in texts_of(task, batch.prompts) for text in (pair if task.guidance > 1.0 else pair[:1])
-    }
-    new = [text for text in wanted if text not in known.text]
-    pooled = {text: known.pooled[text] for text in wanted if text not in new}
-    text = {text: known.text[text] for text in wanted if text not in new}
+    rows = texts_of(task, batch.prompts)
+    wanted = {text for pair in rows for text in rows_of(pair, task)}
+    if reuse is None:
+        found = Conditions(tuple(Picture(model.vae_encoder(pixels)) for pixels in task.sources))
+    else:
+        pooled, text = ({name: x for name, x in each.items() if name in wanted} for each in (reuse.pooled, reuse.text))
+        found = Conditions(reuse.pictures, {}, pooled, text, taken_over(reuse.prompts, rows))
+    new = sorted(wanted - {*found.text})
     if not new:
-        return Conditions(known.pictures, {}, pooled, text)
-    read = [text_encoders.read_clip(getattr(model, name), rows_of(model, tokens, name, new)) for name in CLIPS]
-    states, vectors = zip(*read, strict=True)
+        return found
+    read = [text_encoders.read_clip(getattr(model, name), ids(model, tokens, name, new)) for name in CLIPS]
+    states, pooled = zip(*read, strict=True)
     clip = text_encoders.side_by_side([*states], model.config.t5.width)
-    pooled |= zip(new, torch.cat(vectors, dim=-1).split(1), strict=True)
-    return Conditions(known.pictures, dict(zip(new, clip.split(1), strict=True)), pooled, text)
+    pooled = dict(zip(new, torch.cat(pooled, dim=-1).split(1), strict=True))
+    return replace(found, clip=dict(zip(new, clip.split(1), strict=True)), pooled={**found.pooled, **pooled})
 
 
 def read(model: Kontext, tokens: Tokens, task: Task, batch: Batch, seen: Conditions) -> Conditions:
     """T5's view of the same prompts, behind that of the CLIPs."""
     if not seen.clip:
         return seen
-    states = text_encoders.read_t5(model.t5, rows_of(model, tokens, "t5", [*seen.clip]))
+    states = text_encoders.read_t5(model.t5, ids(model, tokens, "t5", [*seen.clip]))
     joined = torch.cat([torch.cat([*seen.clip.values()]), states], dim=1)
     text = {**seen.text, **dict(zip(seen.clip, joined.split(1), strict=True))}
     return replace(seen, clip={}, text=text)
 
 
-def rows_of(model: Kontext, tokens: Tokens, encoder: str, texts: Sequence[str]) -> Tensor:
+def ids(model: Kontext, tokens: Tokens, encoder: str, texts: Sequence[str]) -> Tensor:
     """Token ids (R, L) int64 for an encoder."""
-    ids = [ids_of(tokens, model.config, encoder, text) for text in texts]
-    return torch.tensor(ids, device=getattr(model, encoder).get_input_embeddings().weight.device)
+    rows = [ids_of(tokens, model.config, encoder, text) for text in texts]
+    return torch.tensor(rows, device=getattr(model, encoder).get_input_embeddings().weight.device)
 
 
 def condition(model: Kontext, tokens: Tokens, task: Task, batch: Batch, reuse: Conditions) -> Conditions:
     """What the transformer takes of each prompt."""
-    rows, prompts = texts_of(task, batch.prompts), {}
+    rows, prompts = texts_of(task, batch.prompts), dict(reuse.prompts)
     timesteps = torch.tensor(schedule(model.config, task, batch).sigmas[:-1]) * FLOW_STEPS
-    for pair in dict.fromkeys(rows):
-        own = pair if task.guidance > 1.0 else pair[:1]
+    for pair in dict.fromkeys(row for row in rows if row not in prompts):
+        own = rows_of(pair, task)
         text, pooled = (torch.cat([states[text] for text in own]) for states in (reuse.text, reuse.pooled))
         prompts[pair] = Guided(text, model.modulation(timesteps.to(text.device), pooled))
     return replace(reuse, prompts=prompts, rows=tuple(rows))

@@ -5,6 +5,7 @@ tokens as there are queries, and no pad counts. What follows the conditions is D
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,9 +31,11 @@ from ...deepgen.model import (  # noqa: F401 (the engine asks the family)
     lookups,
     question_ids,
     repeated,
+    rows_of,
     sample,
     schedule,
     stacks,
+    taken_over,
 )
 from ...deepgen.model import needs as _needs
 from ...deepgen.prompts import IMAGE, as_ids  # noqa: F401
@@ -73,19 +76,24 @@ def texts_of(task: Task, prompts: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def look(model: MetaQuery, tokens: Tokens, task: Task, batch: Batch, reuse: Conditions | None = None) -> Conditions:
-    """Embed what the language model has not read yet; pictures of `reuse` (an earlier batch of the task) are kept."""
+    """Embed what the language model has not read yet; of `reuse`, an earlier batch of the task, pictures are kept, and
+    prompts that come again.
+    """
     pictures = reuse.pictures if reuse else tuple(see(model, pixels) for pixels in task.sources)
-    known, image_token, queries = reuse.states if reuse else {}, model.config.image_token, model.connector.queries
+    known, prompts, rows = {}, {}, texts_of(task, batch.prompts)
+    if reuse:
+        known, prompts = reuse.states, taken_over(reuse.prompts, rows)
+    image_token, queries = model.config.image_token, model.connector.queries
     features, grids = [x.features for x in pictures], [x.grid for x in pictures]
     lengths, inputs = {}, {}
-    for pair in dict.fromkeys(texts_of(task, batch.prompts)):
-        for text in pair if task.guidance > 1.0 else pair[:1]:
+    for pair in dict.fromkeys(row for row in rows if row not in prompts):
+        for text in rows_of(pair, task):
             lengths[text] = len(queries)
             if text not in known:
                 row = Row(as_ids(tokens, text, image_token, grids), features, grids)
                 (x,) = with_queries(model.embed, queries, [row], image_token)
                 inputs[text] = x, in_a_row(x)  # as it was trained: placeholders count as text
-    return Conditions(pictures, lengths, inputs, known)
+    return Conditions(pictures, lengths, inputs, known, prompts)
 
 
 def see(model: MetaQuery, pixels: Tensor) -> Picture:
@@ -98,22 +106,23 @@ def read(model: MetaQuery, tokens: Tokens, task: Task, batch: Batch, seen: Condi
     """Final states of the queries, all rows through a layer before the next; states of other rows are kept where this
     batch has them.
     """
-    states = {text: x for text, x in seen.states.items() if text in seen.lengths}
+    wanted = {text for pair in texts_of(task, batch.prompts) for text in pair}
+    states = {text: x for text, x in seen.states.items() if text in wanted}
     if seen.inputs:
         inputs, at = zip(*seen.inputs.values(), strict=True)
         found = last_states(model.llm, inputs, at, len(model.connector.queries))
         states |= zip(seen.inputs, found.split(1), strict=True)
-    return Conditions(seen.pictures, seen.lengths, states=states)
+    return replace(seen, inputs={}, states=states)
 
 
 def condition(model: MetaQuery, tokens: Tokens, task: Task, batch: Batch, reuse: Conditions) -> Conditions:
     """What the transformer takes of each prompt."""
-    rows, prompts = texts_of(task, batch.prompts), {}
+    rows, prompts = texts_of(task, batch.prompts), dict(reuse.prompts)
     timesteps = torch.tensor(schedule(model.config, task, batch).sigmas[:-1]) * FLOW_STEPS
-    for pair in dict.fromkeys(rows):
-        states = [reuse.states[text] for text in (pair if task.guidance > 1.0 else pair[:1])]
-        prompts[pair] = guided(model, torch.cat(states), timesteps)
-    return Conditions(reuse.pictures, reuse.lengths, {}, reuse.states, prompts, tuple(rows))
+    for pair in dict.fromkeys(row for row in rows if row not in prompts):
+        states = torch.cat([reuse.states[text] for text in rows_of(pair, task)])
+        prompts[pair] = guided(model, states, timesteps)
+    return replace(reuse, prompts=prompts, rows=tuple(rows))
 
 
 def next_logits(model: MetaQuery, cache: PictureCache, ids: Sequence[int]) -> Tensor:
