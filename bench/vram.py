@@ -9,7 +9,8 @@ had allocated and reserved, of what the driver saw (with nvidia-ml-py), of each 
 Fails where a peak has grown since bench/baselines/<card>.json (allocated by 1 % or 16 MiB, whichever is more, reserved
 by 3 %, the driver's by 5 % or 128 MiB), is above what is published, differs by more than 5 % from what the dry run
 predicts, or is passed while loading; and where the host needs 2 GiB more than the checkpoint. --simulate compares what
-the dry run predicts of an RTX 4090 with `simulated.json` and with what is published. --update rewrites the baseline.
+the dry run predicts of an RTX 4090 with `simulated.json` and with what is published, and fails where planning takes
+too long. --update rewrites the baseline.
 
 Exit status: 0, or 1 with a table of what broke, or 2 beside other processes on the GPU. One JSON line last. Without a
 CUDA device it says so and succeeds; --device cpu runs the scenarios there and shows what the host needs.
@@ -22,6 +23,7 @@ import re
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
@@ -101,14 +103,18 @@ def simulated(wanted: dict[str, Scenario]) -> Iterator[tuple[str, Report]]:
     with tempfile.TemporaryDirectory() as kept:  # plans that other code has made must not count
         os.environ["UNIPIC_RUN_CACHE"] = kept
         for name, one in wanted.items():
+            taken, start = [], time.process_time()
             try:
-                told = predicted(one, one.model, SIMULATED_ON)
+                for _ in range(2):  # the second time it is known
+                    told = predicted(one, one.model, SIMULATED_ON)
+                    taken.append(time.process_time() - start - sum(taken))
             except BudgetError as error:
                 yield name, {"error": f"{error}, and {one.card} are meant"}
                 continue
             placed = told["placement"]
             report = {"allocated_bytes": placed["peak_bytes"], "reserved_bytes": placed["reserved_bytes"]}
-            yield name, report | {"seconds": placed["seconds"], "line": placed["line"]}
+            report |= {"seconds": placed["seconds"], "line": placed["line"]}
+            yield name, report | dict(zip(("planning_seconds", "planning_again_seconds"), taken, strict=True))
 
 
 def predicted(one: Scenario, model: str, gpu: str) -> dict[str, Any]:

@@ -14,6 +14,8 @@ GROWTH = {  # share and bytes by which a peak may grow, whichever is more
 }
 SLOWER = 0.02  # share by which a predicted time may grow
 FORESEEN = 0.05  # share of what was measured by which the dry run may be wrong
+PLANNING = 20.0  # seconds of a core that the plan of a request for one picture may take
+PLANNED = 0.3  # and of any request the second time
 HOST_SPARE = 2 * GIB  # of the host's memory, besides what the checkpoint's files take
 Report = dict[str, Any]  # of one scenario, bytes and seconds
 
@@ -36,6 +38,7 @@ def broken(scenario: Scenario, now: Report, before: Report) -> Iterator[Broken]:
         *published(scenario, now),
         *foreseen(now),
         *loading(now),
+        *planning(scenario, now),
         *alone(now),
     ):
         yield Broken(scenario.name, what, was, is_, allowed)
@@ -79,6 +82,14 @@ def loading(now: Report) -> Iterator[Row]:
         limit = now["checkpoint_bytes"] + HOST_SPARE
         if now["host_bytes"] > limit:
             yield "host memory, beside the checkpoint", mib(now["checkpoint_bytes"]), mib(now["host_bytes"]), mib(limit)
+
+
+def planning(scenario: Scenario, now: Report) -> Iterator[Row]:
+    """Of a simulation: what a user waits for before anything is computed."""
+    limits = {"planning_seconds": PLANNING * scenario.images, "planning_again_seconds": PLANNED}
+    for name, limit in limits.items():
+        if now.get(name, 0.0) > limit:
+            yield name.removesuffix("_seconds").replace("_", " "), "", f"{now[name]:.2f} s", f"{limit:g} s"
 
 
 def alone(now: Report) -> Iterator[Row]:
