@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from unipic_run.bench.parity_case import Case
 from unipic_run.bench.parity_ledger import EXACT, Ledger
+from unipic_run.bench.parity_stream import Stream
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.errors import UnipicWarning
 from unipic_run.engine.models.deepgen import model as deepgen
@@ -109,7 +110,7 @@ def look(ledger: Ledger, engine: Engine, case: Case, index: int) -> Picture:
     ledger.compare(f"vis{index}.grid_thw", [[1, rows, columns]], EXACT)
     if f"vis{index}.patches" in case.tensors:
         ledger.compare_scaled(f"vis{index}.patches", x)
-    ledger.compare_scaled(f"vis{index}.embeds", seen.features)
+    ledger.compare_scaled(f"vis{index}.embeds", Stream(engine.loaded.model).plain(seen.features))
     ledger.leave(f"ref{index}.vae_noise", INJECTED)
     return replace(seen, grid=(rows // merge, columns // merge))
 
@@ -128,6 +129,7 @@ def replay_conditions(
 ) -> tuple[Tensor, Tensor]:
     """Text stream and pooled vector of all rows, conditional ones first, padded to the longest of them."""
     model, settings, kind = engine.loaded.model, case.settings, "edit" if any(own) else "generate"
+    stream = Stream(model)
     said = [*zip(settings["prompt"], own, strict=True), *zip(settings["cfg_prompt"], own, strict=True)]
     ids = [
         as_ids(engine.loaded.tokens, turn(kind, text, len(seen)), engine.config.image_token, [x.grid for x in seen])
@@ -139,13 +141,14 @@ def replay_conditions(
     *states, pad = deepgen.states_of(model, inputs)
     longest = max(x.shape[1] for x in states)
     states = deepgen.padded(states, pad, longest)
-    ledger.compare_scaled("scb_in", states)
+    ledger.compare_scaled("scb_in", stream.plain_taps(states))
     ledger.compare_scaled("connector_out", model.connector.encode(states))
     if "proj1_out" in ledger.recorded:
         ledger.compare_scaled("proj1_out", model.connector.projector_1(states))
     if "llm_last_hidden_state" in ledger.recorded:
         *_, (*last, pad) = model.llm.outputs(*zip(*inputs, strict=True))
-        ledger.compare_scaled("llm_last_hidden_state", model.llm.norm(deepgen.padded(last, pad, longest)))
+        normed = model.llm.norm(deepgen.padded(last, pad, longest))
+        ledger.compare_scaled("llm_last_hidden_state", stream.plain_normed(normed))
     text, pooled = model.connector(states)
     ledger.compare_scaled("seq", text)
     ledger.compare_scaled("pooled", pooled)
@@ -165,7 +168,7 @@ def compare_rows(
     ledger.compare("position_ids", torch.cat(at, 1), EXACT)
     if "inputs_embeds" in ledger.recorded:
         x = deepgen.padded([x for x, _ in inputs], deepgen.pad(model)[0], longest + queries)
-        ledger.compare_scaled("inputs_embeds", x)
+        ledger.compare_scaled("inputs_embeds", Stream(model).plain(x))
 
 
 def replay_levels(ledger: Ledger, engine: Engine, steps: int) -> Levels:

@@ -11,6 +11,7 @@ from torch import Tensor
 from unipic_run.bench.parity_case import Case
 from unipic_run.bench.parity_deepgen import INJECTED, TABLES
 from unipic_run.bench.parity_ledger import EXACT, Ledger
+from unipic_run.bench.parity_stream import Stream
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.layers.attention import Attention
 from unipic_run.engine.layers.linear import norm_linear
@@ -51,14 +52,15 @@ class Units:
         return [self.recorded[name] for name in names]
 
     def connectors(self) -> None:
-        connector, (states,) = self.model.connector, self.given("scb.in")
+        connector, stream = self.model.connector, Stream(self.model)
+        states = stream.inner_taps(*self.given("scb.in"))
         self.ledger.compare_scaled("scb.proj1_out", connector.projector_1(states))
         self.ledger.compare_scaled("scb.connector_out", connector.encode(states))
         text, pooled = connector(states)
         self.ledger.compare_scaled("scb.seq", text)
         self.ledger.compare_scaled("scb.pooled", pooled)
         (pad,) = deepgen.states_of(self.model, [deepgen.pad(self.model)])
-        self.ledger.compare_scaled("pad.scb_row", pad[0, 0])
+        self.ledger.compare_scaled("pad.scb_row", stream.plain_taps(pad[0, 0]))
         conditions = released_conditioner(self.case.folder.parent)
         (states,) = self.given("mq_conditioner.in")
         text, pooled = conditions.to(states.device)(states)

@@ -14,7 +14,7 @@ class Stream:
 
     def __init__(self, model: nn.Module) -> None:
         table = model.embed
-        self.turned = isinstance(table, RotatedEmbedding)
+        self.turned, self.width = isinstance(table, RotatedEmbedding), table.embedding_dim
         if self.turned:
             self.q = rotate(torch.eye(table.embedding_dim, dtype=torch.float64))
             self.m = table.mix.detach().cpu().double()
@@ -26,6 +26,13 @@ class Stream:
     def plain(self, x: Tensor) -> Tensor:
         """What a record has where the model has x in the stream."""
         return _product(x, self.q.T) if self.turned else x
+
+    def plain_taps(self, x: Tensor) -> Tensor:
+        """The same of the stream behind several layers, side by side: x (..., taps * D)."""
+        return self.plain(x.unflatten(-1, (-1, self.width))).flatten(-2)
+
+    def inner_taps(self, x: Tensor) -> Tensor:
+        return self.inner(x.unflatten(-1, (-1, self.width))).flatten(-2)
 
     def plain_normed(self, x: Tensor) -> Tensor:
         """The same of what the last norm returns."""
