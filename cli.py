@@ -101,6 +101,7 @@ def edit(
     outpaint: o.Outpaint = None,
     ref: o.Ref = None,
     fit: o.Fit = None,
+    posterior: o.Posterior = None,
     size: o.EditSize = None,
     res: o.Res = None,
     n: o.N = 1,
@@ -139,13 +140,15 @@ def edit(
         mask=None if mask is None else open_mask(mask, picture.size),
         outpaint=None if outpaint is None else a.parse_outpaint(outpaint),
         fit=fit,
+        posterior=posterior,
         references=tuple(map(a.read_picture, ref)) if ref else None,
         size=None if size is None else a.parse_size(size),
     )
     sampling = a.sampling(asked, n=n, batch_size=batch_size, preview_every=preview_every)
     EditRequest(picture, tuple(prompts), sampling, PATCH if res is None else res, **where)  # refuses early
     _hint(terminal, model, prompts)
-    order = Order("inpaint" if {"mask", "outpaint"} & {*where} else "edit", tuple(prompts), sampling, a.given(fit=fit))
+    kind = "inpaint" if {"mask", "outpaint"} & {*where} else "edit"
+    order = Order(kind, tuple(prompts), sampling, a.given(fit=fit, posterior=posterior))
     saving = {"target": output, "overwrite": overwrite, "metadata": not no_metadata}
     loading = a.loading(asked, device=device, attention=attn, revision=revision, offline=offline)
     made = a.edited_size(picture.size, res, fit, where.get("outpaint"), "mask" in where)

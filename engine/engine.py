@@ -119,6 +119,7 @@ class Engine(Worker):
         mask: ImageSource | None = None,
         outpaint: tuple[int, int, int, int] | None = None,
         fit: str | None = None,
+        posterior: str | None = None,
         references: Sequence[ImageSource] = (),
         size: tuple[int, int] | None = None,
         res: int | None = None,
@@ -133,9 +134,10 @@ class Engine(Worker):
         Without a mask the picture keeps its aspect at an area of about res squared (`fit` "keep"), or is
         cropped to a square (`fit` "crop"), or, with models that know it, has a longer side of res ("longest"). Further
         pictures, for models that take several, are `references`: the result then is a square of side res unless it is
-        given a `size` (width, height). With `mask` (white = regenerate) or `outpaint`
-        (left, top, right, bottom pixels) the prompt describes the whole picture, the size stays the source's unless
-        `fit` is given, and unmasked pixels stay exactly as they are.
+        given a `size` (width, height). `posterior`: "sample" draws a source's latents from the image's seed, "mean"
+        takes the mean of what may be drawn; a model knows one or both, and its default is the way of its training.
+        With `mask` (white = regenerate) or `outpaint` (left, top, right, bottom pixels) the prompt describes the whole
+        picture, the size stays the source's unless `fit` is given, and unmasked pixels stay exactly as they are.
         """
         picture = open_image(image)
         if res is not None and fit is None and (mask is not None or outpaint is not None):
@@ -148,12 +150,13 @@ class Engine(Worker):
             mask=None if mask is None else open_mask(mask, picture.size),
             outpaint=as_margins(outpaint),
             fit=fit,
+            posterior=posterior,
             references=tuple(map(open_image, references)),
             size=None if size is None else as_size(None, size, 0),
         )
         make_task = partial(edit_task, request, self.family, self.config, self.defaults, self.device, self.dtype)
         how = {"fit": fit, "outpaint": outpaint and list(outpaint), "masked": mask is not None or None}
-        how |= {"references": len(request.references) or None}
+        how |= {"references": len(request.references) or None, "posterior": posterior}
         return self._images(request, make_task, noise, on_event, cancel, how)
 
     @overload

@@ -56,6 +56,7 @@ class Forecast:
             "kind": task.kind,
             "grid": [task.rows, task.columns],
             "sources": [list(pixels.shape[2:]) for pixels in task.sources],
+            "posterior": task.posterior,
             "cells": None if task.cells is None else int(task.cells.sum()),
             "steps": task.steps,
             "guided": task.guidance != 1.0,

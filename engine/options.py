@@ -28,6 +28,9 @@ Outpaint = _option(str | None, "--outpaint", metavar="L,T,R,B", help="Pixels to 
 Fit = _option(
     str | None, "--fit", metavar="HOW", help="keep the aspect (default), crop to a square, or longest: side of --res."
 )
+Posterior = _option(
+    str | None, "--posterior", metavar="HOW", help="Sources as latents: sample (from the seed) or mean; per model."
+)
 Ref = _option(
     list[str] | None, "--ref", metavar="FILE", help="A further picture that the prompt speaks of; repeatable."
 )

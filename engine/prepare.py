@@ -53,7 +53,8 @@ def edit_task(
         _check_tokens(each, most // (1 + len(sizes)), "use a smaller res")  # all of them are in the model at once
     fitted = (_fitted(picture, fit, to) for picture, to in zip(pictures, sizes, strict=True))
     sources = tuple(to_pixels(picture, dtype, cast_first=False).to(device) for picture in fitted)
-    return _task("edit", *size, request.sampling, defaults, sources=sources), _unchanged
+    how = {"sources": sources, "posterior": request.posterior}
+    return _task("edit", *size, request.sampling, defaults, **how), _unchanged
 
 
 def check_edit(request: EditRequest, family: Verbs) -> None:
@@ -67,6 +68,9 @@ def check_edit(request: EditRequest, family: Verbs) -> None:
         raise UsageError("this model's edits have the shape of their source", "use res, or resize the result")
     if request.fit and request.fit not in family.fits:
         raise UsageError(f"fit {request.fit} is not known to this model", f"choose from {', '.join(family.fits)}")
+    if request.posterior and request.posterior not in family.posteriors:
+        what = f"posterior {request.posterior} is not known to this model"
+        raise UsageError(what, f"choose from {', '.join(family.posteriors)}")
 
 
 def note_doubts(task: Task, side: int) -> None:

@@ -26,6 +26,7 @@ GPU_BATCH = 4  # images made together on a GPU when nothing is said; on a CPU on
 TASKS = ("gen", "edit", "ask")
 CFG_SCHEDULES = ("constant", "linear")
 FITS = ("keep", "crop", "longest")  # of which a model has some
+POSTERIORS = ("sample", "mean")  # likewise
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class EditRequest:
     Without a mask the whole picture is edited through the editing prompt. With `mask` (same size as `image`, white
     where to regenerate) or `outpaint` (pixels added left, top, right, bottom) only the masked 16x16 cells are sampled.
     `references` are further pictures that the instruction speaks of; `size` (width, height) is the result's.
+    `posterior`: whether sources' latents are drawn from what the autoencoder's encoder predicts, or are its mean.
     """
 
     image: "Image.Image"
@@ -104,6 +106,7 @@ class EditRequest:
     mask: "Image.Image | None" = None
     outpaint: tuple[int, int, int, int] | None = None
     fit: str | None = None
+    posterior: str | None = None
     references: "tuple[Image.Image, ...]" = ()
     size: tuple[int, int] | None = None
 
@@ -115,6 +118,8 @@ class EditRequest:
         check_size(self.res, self.res)
         if self.fit is not None:
             _one_of("fit", self.fit, FITS)
+        if self.posterior is not None:
+            _one_of("posterior", self.posterior, POSTERIORS)
         _count(len(self.prompts), self.sampling.n)
         if self.size is not None:
             check_size(*self.size)

@@ -27,6 +27,7 @@ class Task:
     negative: str | None = None
     sources: tuple[Tensor, ...] = ()
     cells: Tensor | None = None
+    posterior: str | None = None  # of the sources, one of request.POSTERIORS; None for the family's own
 
 
 @dataclass(frozen=True)

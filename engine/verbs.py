@@ -28,7 +28,7 @@ class Config(Protocol):
     resolution: int  # side in pixels of a picture of the trained area, and of one whose size is not given
     rounds: int  # steps by default
     guidance: float
-    round_inv_freq: bool  # whether `exact_rope` has something to switch off
+    round_inv_freq: bool | None  # whether `exact_rope` has something to switch off; None: it never has
 
 
 class Schedule(Protocol):
@@ -44,6 +44,7 @@ class Verbs(Protocol):
     IMAGE: str  # the placeholder of image features in a prompt
     kinds: Sequence[str]  # what it can do, of generate, edit, inpaint, ask
     fits: Sequence[str]  # ways to fit an edit's source, of request.FITS; the first is the default
+    posteriors: Sequence[str]  # ways to take a source's latents, of request.POSTERIORS; the first is the default
     most_sources: int  # pictures that an edit may be given
     lookups: Mapping[str, Sequence[str]]  # stage -> tables among its parts of which it only looks up rows
     stacks: Sequence[str]  # parts whose layers run one after the other, once a pass

@@ -177,7 +177,7 @@ class Worker:
             **what,
             "dtype": dtype_name(self.dtype),
             "quant": None if self.quant == "none" else self.quant,
-            "exact_rope": None if self.config.round_inv_freq else True,
+            "exact_rope": True if self.config.round_inv_freq is False else None,
             "device": self.device.type,
             "attention": self.attention,
         }

@@ -258,6 +258,7 @@ def test_edit_refuses_before_a_model_is_loaded(run, photo):
         ["--mask", photo, "--outpaint", "1,1,1,1"],
         ["--outpaint", "1,1"],
         ["--fit", "stretch"],
+        ["--posterior", "median"],
         ["--res", "100"],
     ):
         code, _, err = run("edit", photo, "x", *options, "-m", "no-such-model")

@@ -1,6 +1,7 @@
 """What our tensors are made of: parts of a released checkpoint, read one at a time, changed and joined.
 
 A part has the name that an error tells, `dtype` and `shape` of what `read` returns, and nothing in memory before that.
+What a formula gives is one, too.
 """
 
 import functools
@@ -125,6 +126,34 @@ class Merged:
         for into, part, factor in zip(merged.split(rows), weight.split(rows), left.split(rows), strict=True):
             into.copy_(torch.addmm(part.float(), factor, right, alpha=self.scale))
         return merged
+
+
+@dataclass(frozen=True)
+class Sinusoids:
+    """Positions of a square of side x side places as waves (arXiv 1706.03762, 2111.06377): (1, side side, D) float32.
+
+    The first half of the channels tells the column, the second the row. A half is [sin(p w), cos(p w)] with
+    w_i = 10000^(-i / (D/4)) and p = index * base / side: the square spans `base` places, whatever its own side is.
+    """
+
+    name: str
+    side: int
+    base: int
+    width: int  # D, a multiple of 4
+
+    dtype = torch.float32
+
+    @property
+    def shape(self) -> Shape:
+        return 1, self.side**2, self.width
+
+    def read(self) -> Tensor:
+        quarter = self.width // 4
+        w = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+        angle = torch.arange(self.side)[:, None] * self.base / self.side * w  # (side, D/4)
+        axis = torch.cat([angle.sin(), angle.cos()], dim=-1).float()
+        both = [x.expand(self.side, self.side, -1) for x in (axis, axis[:, None])]  # by column, by row
+        return torch.cat(both, dim=-1).view(self.shape)
 
 
 @dataclass(frozen=True)

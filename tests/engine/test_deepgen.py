@@ -91,6 +91,20 @@ def test_edits_are_reproducible_and_see_every_picture(engine):
     assert engine.edit(photo(), "join them", references=[photo()], **how).images[0].size == (64, 64)
 
 
+def test_a_source_is_drawn_or_taken_at_its_mean(engine):
+    moments = torch.randn(1, 32, 4, 6, generator=torch.Generator().manual_seed(3))
+    seen, noises = deepgen.Picture(moments, (0, 0), moments), [PhiloxNoise(1), PhiloxNoise(2)]
+    drawn, mean = (deepgen.posterior(engine.config, seen, 0, noises, likeliest) for likeliest in (False, True))
+    expected = (moments[:, :16] - engine.config.vae_shift) * engine.config.vae_scale
+    assert drawn.shape == mean.shape == (2, 16, 4, 6) and torch.equal(mean, expected.expand(2, -1, -1, -1))
+    assert not torch.equal(drawn[0], drawn[1])
+    made = {how: engine.edit(photo(), "make it night", posterior=how, **HOW) for how in (None, "sample", "mean")}
+    told = [result.settings[0].get("posterior") for result in made.values()]
+    assert told == [None, "sample", "mean"] and "exact_rope" not in made[None].settings[0]
+    default, drawn, mean = (result.images[0] for result in made.values())
+    assert away(default, drawn) == 0 < away(drawn, mean)
+
+
 def test_what_is_drawn_for_a_source_is_its_own():
     noise, shape = PhiloxNoise(3), (16, 4, 6)
     drawn = [noise.posterior(index, shape, torch.device("cpu")) for index in (0, 1)]

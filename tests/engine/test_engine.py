@@ -206,6 +206,8 @@ def test_an_error_in_a_callback_leaves_the_engine_usable(tiny_engine: Engine) ->
         lambda e: e.edit(Image.new("RGB", (50, 40)), "x", res=16384),
         lambda e: e.edit(Image.new("RGB", (50, 40)), "x", outpaint=(9, 0, 0, 0), res=64),
         lambda e: e.edit(Image.new("RGB", (9, 9)), "x", fit="stretch"),
+        lambda e: e.edit(Image.new("RGB", (9, 9)), "x", posterior="median"),
+        lambda e: e.edit(Image.new("RGB", (9, 9)), "x", posterior="sample"),
     ],
 )
 def test_bad_calls_are_usage_errors(tiny_engine: Engine, call: Callable[[Engine], object]) -> None:

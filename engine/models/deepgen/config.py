@@ -84,7 +84,7 @@ class DeepGenConfig:
     resolution: int  # default side in pixels
     rounds: int  # default denoising steps
     guidance: float
-    round_inv_freq: ClassVar[bool] = False  # rotary frequencies always stay in float32
+    round_inv_freq: ClassVar[None] = None  # rotary frequencies always stay in float32
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

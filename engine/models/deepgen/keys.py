@@ -77,8 +77,9 @@ ONCE: Table = {
     "connector.projector_2.{p}": "connector.projector_2.{p}",
     "connector.projector_3.{p}": "connector.projector_3.{p}",
 }
+POSITIONS = "transformer.pos_embed.pos_embed"  # which some checkpoints lack, as it was never trained
 DIT_ONCE: Table = {
-    "dit.pos_table": "transformer.pos_embed.pos_embed",
+    "dit.pos_table": POSITIONS,
     "dit.patch_embed.{p}": "transformer.pos_embed.proj.{p}",
     "dit.context_embed.{p}": "transformer.context_embedder.{p}",
     "dit.out.{p}": "transformer.proj_out.{p}",

@@ -52,6 +52,7 @@ class Layout:
         return {
             "vlm": self.vlm / "config.json",
             "generation": self.vlm / "generation_config.json",
+            "transformer": self.folder / "transformer" / "config.json",
             "vae": self.folder / "vae" / "config.json",
             "connector": self.folder / "connector" / "config.json",
             "scheduler": self.folder / "scheduler" / "scheduler_config.json",

@@ -44,6 +44,7 @@ from .vision import VisionTower, as_patches, patches
 
 kinds = ("generate", "edit", "ask")
 fits = ("keep", "longest", "crop")
+posteriors = ("sample", "mean")
 most_sources = 8
 lookups = {"look": ("embed",), "condition": ("embed",)}  # the latter of a question
 stacks = ("llm", "vision", "dit")
@@ -78,7 +79,7 @@ class DeepGen(nn.Module):
         super().__init__()
         self.config, self.graphs = config, Graphs()
         self.embed = nn.Embedding(config.llm.vocab, config.llm.width)  # tied with the logits
-        self.llm = Qwen2(config.llm, attend, config.round_inv_freq, config.mrope)
+        self.llm = Qwen2(config.llm, attend, round_inv_freq=False, sections=config.mrope)
         self.vision = VisionTower(config.vision, attend)
         self.connector = Connector(config.connector, config.llm.width, attend)
         self.modulation = Modulation(config.dit)
@@ -239,8 +240,8 @@ def sample(model: DeepGen, conditions: Conditions, task: Task, batch: Batch, sch
     """Yield the clean latents (B, channels, h, w) that each step predicts."""
     prompts = [conditions.prompts[row] for row in conditions.rows]
     like, shape = prompts[0].text, latents(model.config, 1, task.rows, task.columns)[1:]
-    pictures = enumerate(conditions.pictures)
-    references = [posterior(model.config, picture, index, batch.noises) for index, picture in pictures]
+    how, pictures = (batch.noises, task.posterior == "mean"), enumerate(conditions.pictures)
+    references = [posterior(model.config, picture, index, *how) for index, picture in pictures]
     sampler = Sampler(model, prompts, references, task.guidance)
     x = torch.stack([noise.flow_start(shape, like.device) for noise in batch.noises]).to(like.dtype)
     for step in range(len(schedule)):
@@ -248,12 +249,16 @@ def sample(model: DeepGen, conditions: Conditions, task: Task, batch: Batch, sch
         yield clean
 
 
-def posterior(config: Config, picture: Picture, index: int, noises: Sequence[Noise]) -> Tensor:
-    """Latents (B, channels, h, w) of source `index`, drawn anew for every image of a batch from its own noise."""
+def posterior(config: Config, picture: Picture, index: int, noises: Sequence[Noise], likeliest: bool = False) -> Tensor:
+    """Latents (B, channels, h, w) of source `index`, drawn anew for every image of a batch from its own noise.
+
+    `likeliest`: the mean instead.
+    """
     mean, log_variance = picture.moments.float().chunk(2, dim=1)
-    shape, device = mean.shape[1:], mean.device
-    eps = torch.stack([noise.posterior(index, shape, device) for noise in noises])
-    drawn = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * eps
+    drawn = mean.expand(len(noises), -1, -1, -1)
+    if not likeliest:
+        eps = torch.stack([noise.posterior(index, mean.shape[1:], mean.device) for noise in noises])
+        drawn = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * eps
     return ((drawn - config.vae_shift) * config.vae_scale).to(picture.moments.dtype)
 
 

@@ -17,12 +17,13 @@ from ...checkpoint.safe_files import SafeFiles
 from ...errors import CorruptWeightsError
 from . import keys, layout
 from .layout import Layout
-from .released_config import SIZES, Shapes, aligned, read_config, table_side
+from .released_config import SIZES, Shapes, aligned, positions, read_config, table_side
 from .tokenizer import read_tokenizer
 
 LORA_SCALE = 2.0  # alpha / rank of the update: 128 / 64 in the training code, which the file does not tell
 _AGAIN = "download the checkpoint again"
-Records = dict[str, Stored]  # by released name
+PATCHES = "transformer.pos_embed.proj.weight"
+Records = dict[str, Part]  # by released name
 
 
 class Released:
@@ -43,6 +44,9 @@ class Released:
             self.tokenizers, ids = self.read_tokenizers(found)
             refuse("the checkpoint", missing=[name for name in self.sizes if name not in records])
             try:
+                if keys.POSITIONS not in records:
+                    config = found.small()["transformer"]
+                    records[keys.POSITIONS] = positions(config, records[PATCHES].shape)
                 self.config = self.read_config(found, {name: record.shape for name, record in records.items()}, ids)
                 rows = self.table(records)
                 self.tensors = _tensors(rows, self.config, records, self.unused, updated=found.native is not None)
@@ -138,7 +142,7 @@ def _as_it_is(part: Part) -> Part:
     return part
 
 
-def _merged(name: str, weight: Stored, a: Stored, b: Stored) -> Merged:
+def _merged(name: str, weight: Part, a: Part, b: Part) -> Merged:
     """Raises ValueError where the update does not fit the weight."""
     transposed = "lora_embedding_" in a.name
     (rank, inputs), (outputs, inner) = a.shape, b.shape

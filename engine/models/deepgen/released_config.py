@@ -10,6 +10,7 @@ from typing import Any
 from ....kernels._product import GROUP
 from ...checkpoint import tables
 from ...checkpoint.json_files import read_json
+from ...checkpoint.parts import Sinusoids
 from . import keys
 from .config import CHECKS, DeepGenConfig
 from .layout import Layout
@@ -17,6 +18,7 @@ from .layout import Layout
 # Pictures have sides of up to 2048 pixels. The model was trained at 512, and of a table for 6144 pixels, 0.45 GB in
 # bfloat16, the middle of 0.05 GB is enough for that.
 MOST_ROWS = 128  # of positions
+TABLE = {"pos_embed_max_size": 384, "sample_size": 128}  # tokens, latent cells; where the transformer has no config
 HEAD_DIM = 64  # of the connector, in all that are released
 EPS = 1e-6  # of the connector's and the vision tower's norms
 SHIFT = 3.0  # where there is no scheduler folder: Stable Diffusion 3.5 Medium's
@@ -37,7 +39,6 @@ SIZES = (
     "connector.meta_queries",
     *(f"connector.projector_{i}.weight" for i in (1, 2, 3)),
     "connector.layers.0.mlp.fc1.weight",
-    "transformer.pos_embed.pos_embed",
     "transformer.pos_embed.proj.weight",
     "transformer.context_embedder.weight",
     "transformer.time_text_embed.timestep_embedder.linear_1.weight",
@@ -50,7 +51,7 @@ Json = dict[str, Any]
 
 
 def read_config(layout: Layout, shape: Shapes, ids: dict[str, int], taps: bool = True) -> DeepGenConfig:
-    """`shape` maps released names to shapes, those of SIZES among them; `ids` are those of the special tokens.
+    """`shape` maps released names to shapes, those of SIZES and the positions' among them; `ids`: of special tokens.
 
     `taps`: whether the connector reads several layers, or what is behind the last one, as UniPic-2 MetaQuery's does.
     Raises ValueError, or IndexError, TypeError and ArithmeticError where something has too few dimensions or no number.
@@ -180,10 +181,24 @@ def _dit(shape: Shapes) -> Json:
         "channels": channels,
         "text": shape["transformer.context_embedder.weight"][1],
         "pooled": shape["transformer.time_text_embed.text_embedder.linear_1.weight"][1],
-        "table": kept_rows(table_side(shape["transformer.pos_embed.pos_embed"])),
+        "table": kept_rows(table_side(shape[keys.POSITIONS])),
         "frequencies": shape["transformer.time_text_embed.timestep_embedder.linear_1.weight"][1],
         "mlp": shape["transformer.transformer_blocks.0.ff.net.0.proj.weight"][0],
     }
+
+
+def positions(config: Path, shape: tuple[int, ...]) -> Sinusoids:
+    """The table of a checkpoint that lacks it, by its transformer's `config`, which may not exist either.
+
+    `shape`: of its convolution of patches. Raises ValueError.
+    """
+    width, _, patch, _ = shape
+    told = TABLE | (read_json(config) if config.is_file() else {})
+    side, cells = (CHECKS.number("dit.table", told[name]) for name in TABLE)
+    if width % 4 or patch < 1 or cells < patch:
+        what = f"{width} channels, {cells} latent cells in patches of {patch}"
+        raise ValueError(f"{keys.POSITIONS} is missing, and cannot be made of {what}")
+    return Sinusoids(keys.POSITIONS, side, cells // patch, width)
 
 
 def table_side(shape: tuple[int, ...]) -> int:

@@ -45,6 +45,7 @@ lookups = {"condition": ("embed",)}
 stacks = ("llm", "mar_encoder", "mar_decoder")
 kinds = ("generate", "edit", "inpaint", "ask")
 fits = ("keep", "crop")
+posteriors = ("mean",)
 most_sources = 1
 
 

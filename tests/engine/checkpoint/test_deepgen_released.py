@@ -1,6 +1,7 @@
 """Both released layouts of DeepGen: the same tensors under our names, and one typed error for what is wrong."""
 
 import json
+import math
 import os
 import shutil
 from functools import partial
@@ -177,6 +178,43 @@ def test_a_picture_finds_its_own_middle_in_the_middle_that_is_kept():
             assert torch.equal(table[middle : middle + grid, middle : middle + grid], expected)
 
 
+def closed_form(row: int, column: int, scale: float, width: int) -> list[float]:
+    """Position of a place of the table: `scale` is its side by the side that the waves were made for."""
+    waves = [10000 ** (-i / (width // 4)) for i in range(width // 4)]
+    halves = ((wave, at / scale * w) for at in (column, row) for wave in (math.sin, math.cos) for w in waves)
+    return [wave(angle) for wave, angle in halves]
+
+
+@pytest.mark.parametrize("told", [None, {"pos_embed_max_size": 24, "sample_size": 16}])
+def test_positions_that_were_not_saved_are_made(tiny_deepgen, copy, told):
+    """By the transformer's own config, or else as the released ones: 384 rows for waves of 64, the middle 128 kept."""
+    edit(copy, "transformer", lambda t: t.pop("pos_embed.pos_embed"))
+    if told:
+        (copy / "transformer" / "config.json").write_text(json.dumps(told), encoding="utf-8")
+    side, base, kept = (24, 8, 24) if told else (384, 64, 128)
+    found, first = read(copy), (side - kept) // 2
+    table = found["dit.pos_table"]
+    assert table.shape == (kept, kept, 64) and table.dtype == torch.float32
+    for row, column in ((0, 0), (3, 11), (kept - 1, 5)):
+        expected = torch.tensor(closed_form(first + row, first + column, side / base, 64))
+        assert torch.allclose(table[row, column], expected, rtol=0, atol=1e-6)
+    others = read(tiny_deepgen)
+    assert found.keys() == others.keys()
+    assert all(torch.equal(found[name], others[name]) for name in found if name != "dit.pos_table")
+
+
+def test_positions_that_cannot_be_made_are_refused(copy):
+    edit(copy, "transformer", lambda t: t.pop("pos_embed.pos_embed"))
+    config = copy / "transformer" / "config.json"
+    for told, said in (
+        ({"pos_embed_max_size": 10**6}, "dit.table is 1000000"),
+        ({"sample_size": "64"}, "dit.table is '64'"),
+        ({"sample_size": 1}, "transformer.pos_embed.pos_embed is missing, and cannot be made of"),
+    ):
+        config.write_text(json.dumps(told), encoding="utf-8")
+        refused(copy, said)
+
+
 def test_a_converted_folder_loads_and_says_what_it_is(tiny_deepgen, tmp_path):
     dst = convert(tiny_deepgen, tmp_path / "out", family="deepgen")
     family, config = families.read(dst)
@@ -341,6 +379,18 @@ def test_both_layouts_of_the_recorded_weights_are_equal(tmp_path):
     assert found.keys() == expected.keys() and len(found) == 638
     for name, tensor in expected.items():
         assert (found[name] - tensor).abs().max() <= 1e-6 * tensor.abs().max(), name
+
+
+@recorded
+def test_the_recorded_positions_are_those_that_would_be_made(tmp_path):
+    whole = linked(tmp_path / "whole", "vae", "vlm", "connector", "scheduler")
+    shutil.copytree(GOLDENS / "weights" / "transformer", whole / "transformer")
+    recorded_table = read(whole)["dit.pos_table"]
+    (path,) = (whole / "transformer").glob("*.safetensors")
+    tensors = load_file(path)
+    del tensors["pos_embed.pos_embed"]
+    save_file(tensors, path)
+    assert torch.allclose(read(whole)["dit.pos_table"], recorded_table, rtol=0, atol=1e-6)
 
 
 @recorded

@@ -58,7 +58,7 @@ class KontextConfig:
     resolution: int  # default side in pixels
     rounds: int  # default denoising steps
     guidance: float
-    round_inv_freq: ClassVar[bool] = False  # nothing is rotary here
+    round_inv_freq: ClassVar[None] = None  # nothing is rotary here
     repetition_penalty: ClassVar[float] = 1.0  # nothing is answered
 
     @property

@@ -46,6 +46,7 @@ from .shrink import smaller
 
 kinds = ("generate", "edit", "ask")
 fits = ("longest", "crop")
+posteriors = ("sample", "mean")
 most_sources = 1  # which the result has the size of
 
 
