@@ -112,6 +112,10 @@ class Prompts:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.keys, self.values, self.prefix_of, self.lengths
 
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same of one layer, keys and values (P, K, capacity, d)."""
+        return self.keys[layer], self.values[layer], self.prefix_of, self.lengths
+
     @cached_property
     def starts(self) -> Tensor:
         """Position (R, 1) int64 at which each row goes on."""

@@ -134,3 +134,72 @@ def empty_state(BLOCK_M: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     acc0 = tl.zeros((BLOCK_M, D0), tl.float32)
     acc1 = tl.zeros((BLOCK_M, D1 if D1 else 1), tl.float32)
     return acc0, acc1, tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+
+
+@triton.jit
+def attend_int8(
+    state,
+    q0,
+    q1,
+    q_scale,  # (BLOCK_M), with log2(e) / sqrt(d)
+    k_ptr,  # of key 0 of the head, int8 and contiguous; the next two alike, float32 and float16
+    k_scale_ptr,
+    v_ptr,
+    begin,  # keys begin .. end - 1
+    end,
+    last,  # (BLOCK_M) the last key a query sees; read with MASK
+    D: tl.constexpr,
+    D0: tl.constexpr,  # blocks of columns of queries and keys
+    D1: tl.constexpr,
+    V0: tl.constexpr,  # and of values
+    V1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SHIFT: tl.constexpr,  # log2(BLOCK_N)
+    MASK: tl.constexpr,
+):
+    """As `attend`, with scores in whole numbers and sums over a block in float16."""
+    key = tl.arange(0, BLOCK_N)
+    k_ptr += begin.to(tl.int64) * D
+    v_ptr += begin.to(tl.int64) * D
+    for start in tl.range(begin, end, BLOCK_N):
+        left = end - start
+        scores = tl.dot(q0, tl.trans(load_rows(k_ptr, D, left, BLOCK_N, 0, D0, D, MASK)))
+        if D1:
+            k1 = load_rows(k_ptr, D, left, BLOCK_N, D0, D1, D, MASK)
+            scores = tl.dot(q1, tl.trans(k1), scores, out_dtype=tl.int32)
+        if MASK:
+            k_scale = tl.load(k_scale_ptr + start + key, mask=key < left, other=0.0)
+            seen = (start + key)[None, :] <= last[:, None]
+            scores = tl.where(seen, scores.to(tl.float32) * k_scale[None, :], float("-inf"))
+        else:
+            scores = scores.to(tl.float32) * tl.load(k_scale_ptr + start + key)[None, :]
+        v0 = load_rows(v_ptr, D, left, BLOCK_N, 0, V0, D, MASK)
+        v1 = v0
+        if V1:
+            v1 = load_rows(v_ptr, D, left, BLOCK_N, V0, V1, D, MASK)
+        state = add_halves(state, scores, q_scale, v0, v1, SHIFT, V1 > 0)
+        k_ptr += BLOCK_N * D
+        v_ptr += BLOCK_N * D
+    return state
+
+
+@triton.jit
+def add_halves(
+    state,
+    scores,  # (BLOCK_M, BLOCK_N), to be multiplied by q_scale (BLOCK_M)
+    q_scale,
+    v0,  # float16
+    v1,
+    SHIFT: tl.constexpr,
+    TWO: tl.constexpr,  # blocks of columns of values
+):
+    """The state with one more block of keys. No weight is over 1 / BLOCK_N, so no sum over a block over its values."""
+    acc0, acc1, largest, total = state
+    now = tl.maximum(largest, tl.max(scores, axis=1) * q_scale)
+    weights = tl.exp2(scores * q_scale[:, None] - (now + SHIFT)[:, None])
+    shrink = tl.exp2(largest - now)
+    halves = weights.to(tl.float16)
+    acc0 = acc0 * shrink[:, None] + tl.dot(halves, v0, out_dtype=tl.float16)
+    if TWO:
+        acc1 = acc1 * shrink[:, None] + tl.dot(halves, v1, out_dtype=tl.float16)
+    return acc0, acc1, now, total * shrink + tl.sum(weights, axis=1)

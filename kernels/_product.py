@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._device import activate
+from ._device import activate, rounded_to_int8, row_scale
 from ._op import Cost, tl, triton
 from .quantise import activated, activation_flags
 
@@ -269,3 +269,20 @@ def _store(
     if RESIDUAL:
         y += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_whole(
+    a,
+    b,
+    y_at,  # (rows): where the first column of [a | b] goes, int8; y_scale_at alike, float32
+    y_scale_at,
+    inside,
+    UNIT: tl.constexpr,  # of a and b
+):
+    """Stores the rows of [a | b] UNIT, (rows, W) each, as whole numbers and a scale a row."""
+    scale = row_scale(tl.max(tl.maximum(tl.abs(a), tl.abs(b)), axis=1) * UNIT)
+    tl.store(y_scale_at, scale, mask=inside)
+    steps, at = (UNIT / scale)[:, None], y_at[:, None] + tl.arange(0, a.shape[1])[None, :]
+    tl.store(at, rounded_to_int8(a * steps), mask=inside[:, None])
+    tl.store(at + a.shape[1], rounded_to_int8(b * steps), mask=inside[:, None])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._attend import LOG2_E, empty_state, head_blocks, load_rows, store_means
+from ._attend import LOG2_E, attend_int8, empty_state, head_blocks, load_rows, store_means
 from ._op import Case, Cost, Operator, launch, tl, triton
 from ._tuned import tuned
 from .attention import attention_cost, attention_ref, attention_torch
@@ -34,57 +34,6 @@ def attention_int8_torch(
     """On the dequantised operands in `dtype`."""
     q, k = (q * q_scale[..., None]).to(dtype), (k * k_scale[..., None]).to(dtype)
     return attention_torch(q, k, v.to(dtype), False)
-
-
-@triton.jit
-def _attend(
-    state,
-    q0,
-    q1,
-    q_scale,  # (BLOCK_M), with log2(e) / sqrt(d)
-    k_ptr,  # of key 0 of the head, as the next two
-    k_scale_ptr,
-    v_ptr,
-    begin,  # keys begin .. end - 1
-    end,
-    D: tl.constexpr,
-    D0: tl.constexpr,  # blocks of columns of queries and keys
-    D1: tl.constexpr,
-    V0: tl.constexpr,  # and of values
-    V1: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SHIFT: tl.constexpr,  # log2(BLOCK_N)
-    MASK: tl.constexpr,
-):
-    acc0, acc1, largest, total = state
-    key = tl.arange(0, BLOCK_N)
-    k_ptr += begin.to(tl.int64) * D
-    v_ptr += begin.to(tl.int64) * D
-    for start in tl.range(begin, end, BLOCK_N):
-        left = end - start
-        scores = tl.dot(q0, tl.trans(load_rows(k_ptr, D, left, BLOCK_N, 0, D0, D, MASK)))
-        if D1:
-            k1 = load_rows(k_ptr, D, left, BLOCK_N, D0, D1, D, MASK)
-            scores = tl.dot(q1, tl.trans(k1), scores, out_dtype=tl.int32)
-        if MASK:
-            k_scale = tl.load(k_scale_ptr + start + key, mask=key < left, other=0.0)
-            scores = tl.where((key < left)[None, :], scores.to(tl.float32) * k_scale[None, :], float("-inf"))
-        else:
-            scores = scores.to(tl.float32) * tl.load(k_scale_ptr + start + key)[None, :]
-        now = tl.maximum(largest, tl.max(scores, axis=1) * q_scale)
-        weights = tl.exp2(scores * q_scale[:, None] - (now + SHIFT)[:, None])  # at most 1 / BLOCK_N
-        shrink = tl.exp2(largest - now)
-        total = total * shrink + tl.sum(weights, axis=1)
-        largest = now
-        halves = weights.to(tl.float16)
-        v0 = load_rows(v_ptr, D, left, BLOCK_N, 0, V0, D, MASK)
-        acc0 = acc0 * shrink[:, None] + tl.dot(halves, v0, out_dtype=tl.float16)
-        if V1:
-            v1 = load_rows(v_ptr, D, left, BLOCK_N, V0, V1, D, MASK)
-            acc1 = acc1 * shrink[:, None] + tl.dot(halves, v1, out_dtype=tl.float16)
-        k_ptr += BLOCK_N * D
-        v_ptr += BLOCK_N * D
-    return acc0, acc1, largest, total
 
 
 @triton.jit(do_not_specialize=["lq", "lk", "heads", "group"])
@@ -124,13 +73,14 @@ def _attention_int8_kernel(
     k_ptr += keys * D
     k_scale_ptr += keys
     v_ptr += keys * D
-    whole = lk // BLOCK_N * BLOCK_N
+    whole, last = lk // BLOCK_N * BLOCK_N, row * 0 + lk - 1
     state = empty_state(BLOCK_M, V0, V1)
-    state = _attend(
-        state, q0, q1, q_scale, k_ptr, k_scale_ptr, v_ptr, whole * 0, whole, D, D0, D1, V0, V1, BLOCK_N, SHIFT, False
-    )
-    state = _attend(
-        state, q0, q1, q_scale, k_ptr, k_scale_ptr, v_ptr, whole, lk, D, D0, D1, V0, V1, BLOCK_N, SHIFT, True
+    state = attend_int8(
+        state, q0, q1, q_scale, k_ptr, k_scale_ptr, v_ptr, whole * 0, whole, last, D, D0, D1, V0, V1, BLOCK_N, SHIFT,
+        False,
+    )  # fmt: skip
+    state = attend_int8(
+        state, q0, q1, q_scale, k_ptr, k_scale_ptr, v_ptr, whole, lk, last, D, D0, D1, V0, V1, BLOCK_N, SHIFT, True
     )
     out_ptr += (batch * lq + first) * heads * D + head * D
     store_means(out_ptr, heads * D, left, state, BLOCK_M, V0, V1, D)

@@ -1,9 +1,8 @@
 """What a chunk of the diffusion head's denoising steps begins with: y = silu(t_i + c) for its timesteps i.
 
 Every modulation of the head depends on y alone, and not on the state, so those of several steps are made at once.
-The index of the step is read from device memory, so that a captured chunk of steps can be replayed; its counterpart
-is `ddpm_update` (kernels/ddpm_step.py). Called by `models/unipic/head.py`. Letters: T steps of the table, M rows, W
-head width.
+The index of the step is read from device memory, so that a captured chunk of steps can be replayed; its counterpart is
+kernels/head_step.py. Called by `models/unipic/head.py`. Letters: T steps of the table, M rows, W head width.
 """
 
 import torch
@@ -79,7 +78,7 @@ _condition = Operator(
 def condition(embedded: Tensor, c: Tensor, clock: Tensor, steps: int) -> Tensor:
     """silu(t + c) for the `steps` timesteps from index clock[0] downwards: (steps, M, W). Begins them in the clock.
 
-    embedded (T, W) of all timesteps, c (M, W), clock (2) int64 as `ddpm_update` has it.
+    embedded (T, W) of all timesteps, c (M, W), clock (2) int64 as `head_step` has it.
     """
     return _condition(embedded, c, clock, steps)
 

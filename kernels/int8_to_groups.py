@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._device import activate, rounded_to_int8, row_scale, walsh_hadamard_rows
+from ._device import activate, walsh_hadamard_rows
 from ._op import Case, Cost, Operator, launch, tl, triton
 from ._product import (
     GROUP,
@@ -31,6 +31,7 @@ from ._product import (
     place,
     product_cost,
     product_operands,
+    store_whole,
     tile_options,
     weight_rows,
     whole_sums,
@@ -139,20 +140,14 @@ def _finish(
 @triton.jit
 def _store(a, b, row, left, m, y_ptr, y_scale_ptr, N: tl.constexpr, GROUP: tl.constexpr, ROTATE: tl.constexpr):
     """The group [a | b] (rows, 64 each), whose first column is `left`."""
-    HALF: tl.constexpr = GROUP // 2
     UNIT: tl.constexpr = GROUP**-0.5 if ROTATE else 1.0  # of the matrix of +1 and -1
     if ROTATE:
         total = a + b
-        b = walsh_hadamard_rows(a - b, HALF)
-        a = walsh_hadamard_rows(total, HALF)
-    scale = row_scale(tl.max(tl.maximum(tl.abs(a), tl.abs(b)), axis=1) * UNIT)
+        b = walsh_hadamard_rows(a - b, GROUP // 2)
+        a = walsh_hadamard_rows(total, GROUP // 2)
     inside = row < tl.where(left < N, m, 0)
     row = row.to(tl.int64)
-    tl.store(y_scale_ptr + row * (N // GROUP) + left // GROUP, scale, mask=inside)
-    steps = (UNIT / scale)[:, None]
-    at = y_ptr + row[:, None] * N + left + tl.arange(0, HALF)[None, :]
-    tl.store(at, rounded_to_int8(a * steps), mask=inside[:, None])
-    tl.store(at + HALF, rounded_to_int8(b * steps), mask=inside[:, None])
+    store_whole(a, b, y_ptr + row * N + left, y_scale_ptr + row * (N // GROUP) + left // GROUP, inside, UNIT)
 
 
 def _int8_linear_to_groups_triton(x, x_scale, weight, weight_scale, bias, activation, group) -> tuple[Tensor, Tensor]:

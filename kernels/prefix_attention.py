@@ -158,35 +158,35 @@ def prefix_attention(
     return operator(q, k, v, prefix_k, prefix_v, prefix_of, lengths)
 
 
+def random_behind_prompts(
+    device: torch.device | str,
+    shape: tuple[int, int, int, int, int],  # R, H, K, L, d
+    capacity: int,
+    lengths: list[int],
+    prefix_of: list[int],
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[Tensor, ...]:
+    """Arguments of `prefix_attention`."""
+    rows, heads, kv_heads, length, width = shape
+    qkv = random_qkv(device, rows, heads, kv_heads, length, length, width, dtype)
+    _, pk, pv = random_qkv(device, len(lengths), 1, kv_heads, 1, capacity, width, dtype, "apart")
+    for prompt, end in enumerate(lengths):
+        pk[prompt, :, end:] = pv[prompt, :, end:] = float("nan")  # which must not matter
+    return *qkv, pk, pv, *(torch.tensor(x, dtype=torch.int32).to(device) for x in (prefix_of, lengths))
+
+
 def prefix_attention_cases() -> list[Case]:
-    def case(
-        why: str,
-        shape: tuple[int, ...],
-        capacity: int,
-        lengths: list[int],
-        prefix_of: list[int],
-        marks: str = "interp aot gpu",
-        dtype: torch.dtype = torch.bfloat16,
-    ) -> Case:
-        rows, heads, kv_heads, length, width = shape
+    def case(why: str, *how, marks: str = "interp aot gpu") -> Case:
+        return Case(why, lambda device: random_behind_prompts(device, *how), marks)
 
-        def make(device: torch.device | str) -> tuple[Tensor, ...]:
-            qkv = random_qkv(device, rows, heads, kv_heads, length, length, width, dtype)
-            _, pk, pv = random_qkv(device, len(lengths), 1, kv_heads, 1, capacity, width, dtype, "apart")
-            for prompt, end in enumerate(lengths):
-                pk[prompt, :, end:] = pv[prompt, :, end:] = float("nan")  # which must not matter
-            return *qkv, pk, pv, *(torch.tensor(x, dtype=torch.int32).to(device) for x in (prefix_of, lengths))
-
-        return Case(why, make, marks)
-
-    single = torch.float32
+    real = "aot gpu"
     return [
-        case("LLM block at 1024 behind two prompts", (2, 12, 2, 4160, 128), 64, [60, 7], [0, 1], "aot gpu"),
-        case("edit at 1024, a picture in the prompt", (2, 12, 2, 4160, 128), 1152, [1130, 1090], [0, 1], "aot gpu"),
+        case("LLM block at 1024 behind two prompts", (2, 12, 2, 4160, 128), 64, [60, 7], [0, 1], marks=real),
+        case("edit at 1024, a picture in the prompt", (2, 12, 2, 4160, 128), 1152, [1130, 1090], [0, 1], marks=real),
         case("grouped, prompts of different lengths", (2, 4, 2, 67, 128), 40, [33, 5], [1, 0]),
         case("two blocks of columns", (1, 2, 2, 70, 80), 8, [8], [0]),
         case("one prompt is empty", (2, 2, 1, 9, 64), 3, [0, 3], [0, 1]),
         case("one query a row", (2, 4, 2, 1, 64), 70, [70, 64], [0, 1]),
-        case("tiny head in float32", (3, 2, 1, 21, 32), 19, [19, 2], [0, 1, 1], dtype=single),
+        case("tiny head in float32", (3, 2, 1, 21, 32), 19, [19, 2], [0, 1, 1], torch.float32),
         case("no rows", (0, 2, 2, 5, 64), 3, [3], []),
     ]

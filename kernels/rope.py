@@ -21,10 +21,16 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def rotary_tables(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (R, 1, L, d) for positions (R, L) and inv_freq (d/2) float32, both halves filled."""
-    angle = positions[:, None, :, None].to(inv_freq.dtype) * inv_freq.repeat(2)  # (R, 1, L, d)
+def rotary_halves(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (R, L, d/2) for positions (R, L) and inv_freq (d/2) float32."""
+    angle = positions[..., None].to(inv_freq.dtype) * inv_freq
     return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotary_tables(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same with both halves filled, (R, 1, L, d)."""
+    cos, sin = (torch.cat([x, x], dim=-1)[:, None] for x in rotary_halves(positions, inv_freq, dtype))
+    return cos, sin
 
 
 def split_heads(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """One door to attention: the backends, and which of them runs.
 
 `sdpa` is our kernels, or torch's own where they are not faster; `int8-qk` is the same with scores in whole numbers
-wherever attention is bidirectional, for speed at a relative error under 2e-2; `flash-attn` and `xformers` are optional
+wherever attention is bidirectional, and behind prompts where its layers are int8 (int8_attention.py), for speed at a
+relative error under 2e-2; `flash-attn` and `xformers` are optional
 packages for CUDA. `auto` takes flash-attn where it is installed and applies, else sdpa. The resolved name is what
 `doctor` and every result report.
 """
@@ -91,9 +92,9 @@ def prefix_attention(attend: Attention, prompts: Prompts, layer: int, q: Tensor,
 
     q (R, H, L, d); k, v (R, K, L, d). Lengths differ between prompts and no pad is ever attended. Returns q's shape.
     """
-    keys, values = prompts.keys[layer], prompts.values[layer]  # (P, K, capacity, d)
     if attend.ours:
-        return sdpa_behind(q, k, v, keys, values, prompts.prefix_of, prompts.lengths)
+        return sdpa_behind(q, k, v, *prompts.of_layer(layer))
+    keys, values, *_ = prompts.of_layer(layer)
     out, row = [], 0
     for prompt, rows, length in prompts.runs:
         here = slice(row, row + rows)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ...kernels.decode_attention import decode_attention
 from ...kernels.norms import rms_norm
-from ...kernels.rope import rope, rope_split, rotary_tables, split_heads
+from ...kernels.rope import rope, rope_split, rotary_halves, rotary_tables, split_heads
 from ..kv_cache import KVCache, Prompts
 from .attention import Attention, prefix_attention
+from .int8_attention import Prefix, Rotary, continues_in_int8, norm_prefix_attention_int8
 from .linear import Linear, linear_add, norm_linear, norm_mlp
 
 
@@ -82,6 +83,11 @@ class Qwen2Layer(nn.Module):
         """The layer of a position that attends to nothing, as a pad that is masked: x (..., D)."""
         return norm_mlp(x, self.post_norm, self.gate_up, self.down, act="swiglu")
 
+    def follow_in_int8(self, x: Tensor, rotary: Rotary, prefix: Prefix) -> Tensor:
+        """The same behind prompts with whole numbers throughout, where `continues_in_int8` says so."""
+        x = norm_prefix_attention_int8(x, self.input_norm, self.qkv, self.o, rotary, prefix, self.config.heads)
+        return self.unattended(x)
+
     def after(self, x: Tensor, mixed: Tensor) -> Tensor:
         """What follows attention; mixed (R, H, L, d)."""
         return self.unattended(linear_add(mixed.transpose(1, 2).flatten(2), self.o, residual=x))
@@ -104,8 +110,13 @@ class Qwen2(nn.Module):
     def forward(self, x: Tensor, prompts: Prompts) -> Tensor:
         """Continue the cached prompts of R rows by one block x (R, L, D) and leave the caches as they are."""
         positions, inv_freq = prompts.positions(x.shape[1]), self.frequencies(x.device, x.dtype)
+        rotary = None
         for index, layer in enumerate(self.layers):
-            x = layer.follow(x, positions, inv_freq, partial(prefix_attention, self.attend, prompts, index))
+            if continues_in_int8(self.attend, layer.qkv, layer.o, x, self.config.head_dim):
+                rotary = rotary or rotary_halves(positions, inv_freq, x.dtype)
+                x = layer.follow_in_int8(x, rotary, prompts.of_layer(index))
+            else:
+                x = layer.follow(x, positions, inv_freq, partial(prefix_attention, self.attend, prompts, index))
         return self.norm(x)
 
     def outputs(self, rows: Sequence[Tensor], positions: Sequence[Tensor | None]) -> Iterator[list[Tensor]]:

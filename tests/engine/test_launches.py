@@ -53,14 +53,14 @@ def test_the_interpreter_makes_torchs_picture_by_the_launches_of_the_meta_device
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
     assert counted(launched) == counted(planned)
     names = Counter(launch.kernel.__name__ for launch in launched)
-    assert names["_ddpm_update_kernel"] == 2 * 6 and names["_prefix_attention_kernel"] == 2 * config.llm.layers
+    assert names["_head_step_kernel"] == 2 * 6 and names["_prefix_attention_kernel"] == 2 * config.llm.layers
 
 
 def test_in_int8_whole_numbers_go_from_product_to_product(tiny_release) -> None:
     family, config = families.model("unipic"), architecture(str(tiny_release))
     config = replace(
         config,
-        llm=replace(config.llm, mlp=384),
+        llm=replace(config.llm, mlp=384, head_dim=128),
         mar=replace(config.mar, width=160, heads=2, mlp=256),  # heads of 80, as in the released model
         head=replace(config.head, condition=160, steps=6),
     )
@@ -70,6 +70,7 @@ def test_in_int8_whole_numbers_go_from_product_to_product(tiny_release) -> None:
     calls = [call for call in plan.calls if call.stage.startswith("sample")]
     names = {call.name for call in calls}
     assert {"int8_linear_to_heads", "keys_off", "int8_linear_to_groups", "int8_linear_of_groups"} <= names
-    assert "quantise_qkv" not in names, "no pass over queries and keys"
+    assert {"int8_linear_to_rotary", "rotary_keys_off", "prefix_attention_int8"} <= names
+    assert names.isdisjoint({"quantise_qkv", "rope_split"}), "no pass over queries and keys"
     inside = [call for call in calls if call.name in ("quantise", "rotated") and call.shape[-1] in (256, 384)]
     assert not inside, "nor over what is between the products of an MLP"

@@ -14,6 +14,11 @@ from unipic_run.kernels.attention import attention, attention_ref, prefers_trito
 from unipic_run.kernels.attention_int8 import attention_int8
 from unipic_run.kernels.decode_attention import decode_attention, decode_attention_cases
 from unipic_run.kernels.prefix_attention import prefix_attention, prefix_attention_cases, prefix_attention_ref
+from unipic_run.kernels.prefix_attention_int8 import (
+    prefix_attention_int8,
+    prefix_attention_int8_cases,
+    prefix_attention_int8_ref,
+)
 from unipic_run.kernels.quantise_qkv import quantise_qkv
 
 needs_the_interpreter = pytest.mark.skipif(
@@ -99,6 +104,20 @@ def test_one_launch_serves_all_prompts_and_whatever_their_buffers_hold_then() ->
 
 
 @needs_the_interpreter
+def test_so_does_the_one_in_whole_numbers() -> None:
+    case = next(case for case in prefix_attention_int8_cases() if case.why.startswith("grouped"))
+    *given, lengths = case.make("cpu")
+    with interpreted(), exact_bfloat16():
+        for refill in ([19, 2], [7, 0]):
+            lengths.copy_(torch.tensor(refill))
+            with recording() as launches:
+                found, scale = prefix_attention_int8(*given, lengths)
+            assert len(launches) == 1
+            exact = prefix_attention_int8_ref(*given, lengths)
+            assert (found * scale[..., None] - exact).norm() / exact.norm() < 2e-2
+
+
+@needs_the_interpreter
 def test_a_token_is_decoded_at_whatever_length_the_cache_has_by_then() -> None:
     q, (k, v) = torch.randn(1, 6, 1, 32), torch.randn(2, 1, 2, 70, 32)
     lengths = torch.tensor([64], dtype=torch.int32)
@@ -130,6 +149,7 @@ from unipic_run.kernels.attention import flash_attention, random_qkv
 from unipic_run.kernels.attention_int8 import attention_int8
 from unipic_run.kernels.decode_attention import decode_attention
 from unipic_run.kernels.prefix_attention import prefix_attention
+from unipic_run.kernels.prefix_attention_int8 import prefix_attention_int8
 
 found = {}
 for length in (1, 16, 33, 48, 70):
@@ -141,10 +161,15 @@ for length in (1, 16, 33, 48, 70):
         attention_int8(q, k, v)
         prefix_attention(q, k, v, k, v, counts, counts)
         decode_attention(q[:, :, :1], k, v, counts)
+        whole, halves = (torch.empty(2, n, length, 128, device="meta") for n in (4, 2))
+        scale, off = whole[..., 0].contiguous(), halves[:, :, 0].contiguous()
+        whole, halves = whole.to(torch.int8), halves.half()
+        prefix_attention_int8(whole, scale, halves, off, halves, halves, counts, counts)
     for launch in launches:
         found.setdefault(launch.kernel.__name__, set()).add(specialised(launch, "here").key)
 print({name: len(keys) for name, keys in found.items()})
-assert {"_attention_kernel", "_attention_int8_kernel", "_prefix_attention_kernel", "_decode_kernel"} <= found.keys()
+assert {"_attention_kernel", "_attention_int8_kernel", "_prefix_attention_kernel", "_decode_kernel",
+        "_prefix_attention_int8_kernel"} <= found.keys()
 assert all(len(found[name]) == 1 for name in found if "attention" in name or "decode" in name)
 """
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from unipic_run.engine.kv_cache import KVCache, Prompts
 from unipic_run.engine.layers.attention import Attention
 from unipic_run.engine.layers.linear import Linear, linear_add, linear_each, norm_linear, norm_mlp
-from unipic_run.engine.layers.qwen2 import RMSNorm
+from unipic_run.engine.layers.qwen2 import Qwen2, Qwen2Config, RMSNorm
 from unipic_run.engine.layers.vit_block import ViTBlock
 from unipic_run.engine.meter import Meter
 from unipic_run.kernels._op import HAS_TRITON, interpreted, recording
@@ -239,3 +240,61 @@ def test_such_a_block_by_its_kernels():
     names = {launch.kernel.__name__ for launch in launches}
     assert {f"_{name}_kernel" for name in ("keys_off", "to_heads", "to_groups", "of_groups")} <= names
     assert (found - expected).norm() / (expected - x).norm() < 0.01
+
+
+def language_model(backend: str, heads: int = 2) -> Qwen2:
+    """One layer with heads of 128."""
+    sizes = {"vocab": 8, "width": 256, "layers": 1, "heads": heads, "kv_heads": 1, "head_dim": 128, "mlp": 256}
+    return Qwen2(Qwen2Config(**sizes, rope_theta=1e6, norm_eps=1e-6, max_positions=100), Attention(backend), False)
+
+
+def behind_prompts(model: Qwen2, rows: int) -> tuple[Tensor, Prompts]:
+    """Two rows, each behind a text of its own."""
+    noise, caches = torch.Generator().manual_seed(1), []
+    for length in (5, 3):
+        cache = KVCache(1, 1, length, 128, torch.float32, torch.device("cpu"))
+        for room in cache.room(0, length):
+            room.copy_(torch.randn(room.shape, generator=noise))
+        cache.advance(length)
+        caches.append((cache, 1))
+    return torch.randn(2, rows, 256, generator=noise), Prompts.of(caches)
+
+
+WHOLE_ROTARY = {"rotary_keys_off", "int8_linear_to_rotary", "prefix_attention_int8"}
+
+
+@pytest.mark.parametrize("rows", [8, 30])
+@pytest.mark.parametrize("backend", ["sdpa", "int8-qk"])
+@torch.inference_mode()
+def test_a_language_model_whose_attention_is_in_int8(rows, backend):
+    model = filled(language_model("sdpa"))
+    x, prompts = behind_prompts(model, rows)
+    recipe = Recipe("int8", tuple(f"layers.*.{name}" for name in ("qkv", "o", "gate_up", "down")))
+    quantised = exchanged(model, language_model(backend), recipe)
+    expected = model(x, prompts)
+    assert (quantised(x, prompts) - expected).norm() / expected.norm() < 0.02
+    with Meter() as meter:
+        tensors = (tensor.to("meta") for tensor in prompts.tensors)
+        quantised.to("meta")(x.to("meta"), Prompts(*tensors, runs=prompts.runs))
+    names, whole = {call.name for call in meter.calls}, backend == "int8-qk" and rows == 30
+    assert names & WHOLE_ROTARY == (WHOLE_ROTARY if whole else set()), "the fewest rows keep their values"
+    assert names.isdisjoint({"rope_split", "prefix_attention", "quantise"}) == whole
+
+
+@pytest.mark.skipif(
+    not HAS_TRITON or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs triton and TRITON_INTERPRET=1, which conftest.py sets where there is no CUDA device",
+)
+@torch.inference_mode()
+def test_such_a_language_model_by_its_kernels():
+    model = filled(language_model("sdpa"))
+    recipe = Recipe("int8", tuple(f"layers.*.{name}" for name in ("qkv", "o", "gate_up", "down")))
+    quantised = exchanged(model, language_model("int8-qk"), recipe)
+    x, prompts = behind_prompts(model, 20)
+    expected = quantised(x, prompts)
+    with interpreted(), recording() as launches:
+        found = quantised(x, prompts)
+    names = {launch.kernel.__name__ for launch in launches}
+    kernels = ("rotary_keys", "to_rotary", "prefix_attention_int8", "of_groups", "to_groups")
+    assert {f"_{name}_kernel" for name in kernels} <= names
+    assert (found - expected).norm() / expected.norm() < 0.01

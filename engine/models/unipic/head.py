@@ -11,11 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....kernels.condition import condition
-from ....kernels.ddpm_step import DDPMStep, Drawn, ddpm_step, ddpm_update
+from ....kernels.ddpm_step import DDPMStep, Drawn, ddpm_step
+from ....kernels.head_step import head_step
+from ....kernels.linear import linear
 from ...graphs import Graphs
 from ...layers.linear import FUSED_ROWS, Linear, linear_add, linear_each, norm_linear
 from ...layers.timesteps import timestep_features
 from .config import HeadConfig
+
+Product = tuple[Tensor, Tensor]  # weight and bias
 
 NORM_EPS = 1e-6
 CHUNK = 10  # timesteps whose modulations are made at once, at most, where steps are launched or replayed
@@ -47,10 +51,22 @@ class FinalLayer(nn.Module):
         self.linear = Linear(width, 2 * channels)
         self.modulation = Linear(width, 2 * width)
 
+    def folded(self) -> Product:
+        """Makes [scale | offset] (N, W + 2C) of a condition: behind the linear layer a shift is 2C columns, not W.
+
+        linear(n (1 + scale) + shift) = (n (1 + scale)) W^T + offset, offset = linear(shift); shift is linear as well.
+        """
+        (shift, scale), (shift_bias, scale_bias) = self.modulation.weight.chunk(2), self.modulation.bias.chunk(2)
+        behind = linear(self.linear.weight, shift.T), self.linear(shift_bias)
+        return tuple(torch.cat(both) for both in zip((scale, scale_bias), behind, strict=True))
+
     def forward(self, h: Tensor, modulation: Tensor) -> Tensor:
-        """h (N, W), modulation (N, 2W) -> (N, 2C)."""
-        shift, scale = modulation.chunk(2, dim=-1)
-        return norm_linear(h, self.norm, self.linear, (shift, scale))
+        """h (N, W), modulation (N, W + 2C) = [scale | offset] -> (N, 2C)."""
+        scale, offset = self.parts(modulation)
+        return linear(self.norm(h) * (1 + scale), self.linear.weight) + offset
+
+    def parts(self, modulation: Tensor) -> list[Tensor]:
+        return modulation.split([modulation.shape[-1] - self.linear.out_features, self.linear.out_features], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -58,9 +74,10 @@ class Denoising:
     """N tokens on their way, all in device memory and changed in place: a captured chunk of steps can be replayed."""
 
     x: Tensor  # (N, C) float32, the state
-    seen: Tensor  # (M, C), what the network reads of it; M = N, or 2N with guidance
-    clock: Tensor  # (2) int64, as kernels/ddpm_step.py has it
+    h: Tensor  # (M, W) = input_proj of it; M = N, or 2N with guidance
+    clock: Tensor  # (2) int64, as kernels/head_step.py has it
     c: Tensor  # (M, W) = cond_embed(z)
+    final: Product  # `FinalLayer.folded`
     drawn: Drawn
     table: Tensor  # (T, 8), of `step_table`
     embedded: Tensor  # (T, W), of `embed_steps`
@@ -85,32 +102,36 @@ class DiffusionHead(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
         """x (N, C), t (W) or (N, W) embedded timestep, c (N, W) = cond_embed(z) -> (N, 2C) = [eps | v]."""
-        return self.network(x, self.modulations(F.silu(t + c)))
+        return self.network(x, self.modulations(F.silu(t + c), self.final.folded()))
 
-    def modulations(self, y: Tensor) -> Iterator[Tensor]:
-        """Of every block and the final layer, from y (..., W): (..., 3W) each, the last (..., 2W)."""
-        return linear_each(y, [layer.modulation for layer in (*self.blocks, self.final)])
+    def modulations(self, y: Tensor, final: Product) -> Iterator[Tensor]:
+        """Of every block and the final layer, from y (..., W): (..., 3W) each, the last (..., W + 2C)."""
+        yield from linear_each(y, [block.modulation for block in self.blocks])
+        yield linear(y, *final)
 
-    def of_steps(self, y: Tensor) -> Iterator[Iterator[Tensor]]:
+    def of_steps(self, y: Tensor, final: Product) -> Iterator[Iterator[Tensor]]:
         """The modulations of each step, from y (steps, N, W): one product a layer for all steps.
 
         Those of a single step are made as they are asked for, so that only one of them takes up memory.
         """
-        made = self.modulations(y)
+        made = self.modulations(y, final)
         made = made if len(y) == 1 else list(made)
         return ((modulation[step] for modulation in made) for step in range(len(y)))
 
     def network(self, x: Tensor, modulations: Iterator[Tensor]) -> Tensor:
         """x (N, C) and every layer's modulations (N, ...) -> (N, 2C) = [eps | v]."""
-        h = self.input_proj(x)
+        h = self.through_blocks(self.input_proj(x), modulations)
+        return self.final(h, next(modulations))
+
+    def through_blocks(self, h: Tensor, modulations: Iterator[Tensor]) -> Tensor:
         for block in self.blocks:
             h = block(h, next(modulations))
-        return self.final(h, next(modulations))
+        return h
 
     def most_steps(self, rows: int) -> int:
         """The most timesteps, at least one, whose modulations of so many rows fit CHUNK_BYTES; FEW up to FUSED_ROWS."""
         width, itemsize = self.config.width, self.input_proj.weight.element_size()
-        step = max(1, rows * (3 * self.config.depth + 2) * width * itemsize)
+        step = max(1, rows * ((3 * self.config.depth + 1) * width + 2 * self.config.channels) * itemsize)
         return max(1, CHUNK_BYTES // step, FEW if rows <= FUSED_ROWS else 0)
 
     def sample(
@@ -131,12 +152,12 @@ class DiffusionHead(nn.Module):
         timesteps, by default of as many as fit CHUNK_BYTES, are made at once: the same values, fewer larger products.
         """
         guided = z.shape[0] != start.shape[0]
-        c = self.cond_embed(z)
+        c, final = self.cond_embed(z), self.final.folded()
         x, chunk = start, chunk or self.most_steps(len(z))
         for end in range(len(table), 0, -chunk):
             taken = range(max(0, end - chunk), end)
             y = F.silu(embedded[taken.start : end].flip(0)[:, None] + c)  # (steps, N or 2N, W)
-            for i, modulations in zip(reversed(taken), self.of_steps(y), strict=True):
+            for i, modulations in zip(reversed(taken), self.of_steps(y, final), strict=True):
                 seen = x.to(c.dtype)
                 out = self.network(seen.repeat(2, 1) if guided else seen, modulations)
                 cond, uncond = out.chunk(2) if guided else (out, None)
@@ -168,12 +189,15 @@ class DiffusionHead(nn.Module):
         c = self.cond_embed(z)
         seen = start.to(c.dtype).repeat(len(z) // max(len(start), 1), 1)
         clock = torch.full((2,), len(table) - 1, device=start.device)
-        return Denoising(start.clone(), seen, clock, c, drawn, table, embedded)
+        made = self.input_proj(seen), clock, c, self.final.folded()
+        return Denoising(start.clone(), *made, drawn, table, embedded)
 
     def advance(self, run: Denoising, steps: int = 1) -> None:
         """Take the next steps, in place; their modulations are made at once."""
-        made = self.of_steps(condition(run.embedded, run.c, run.clock, steps))
+        made = self.of_steps(condition(run.embedded, run.c, run.clock, steps), run.final)
+        final, first = self.final, self.input_proj
         for ahead, modulations in enumerate(made):
-            out = self.network(run.seen, modulations)
+            h = self.through_blocks(run.h, modulations)
+            out = h, *final.parts(next(modulations)), NORM_EPS, final.linear.weight
             close = steps if ahead == steps - 1 else 0
-            ddpm_update(run.x, run.seen, run.clock, out, run.table, run.drawn, ahead, close)
+            head_step(*out, first.weight, first.bias, run.x, run.h, run.clock, run.table, run.drawn, ahead, close)

@@ -64,6 +64,7 @@ repeated = (
     ("head", "advance"),
     ("head.blocks.*", "forward"),
     ("llm.layers.*", "follow"),
+    ("llm.layers.*", "follow_in_int8"),
     ("mar_encoder.blocks.*", "forward"),
     ("mar_decoder.blocks.*", "forward"),
 )
