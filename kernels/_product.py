@@ -16,7 +16,7 @@ from .quantise import activated, activation_flags
 
 LARGEST_K = 131072  # products of 127 * 127 whose sum fits int32
 # int8 operations that a multiprocessor's tensor cores do while one other instruction is issued for a value: 2048 and
-# 128 a clock on sm_89. What a kernel needs beyond the usual epilogue is counted so, as if nothing overlapped.
+# 128 a clock on sm_89. What a kernel needs beyond the usual epilogue is `Cost.beside`, as if nothing overlapped.
 INSTRUCTION = 16
 GROUP = 128  # columns of a product's output, or input, that share a scale where a row has several
 GROUP_M = 8  # row tiles that walk along the columns together

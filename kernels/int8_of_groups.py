@@ -11,6 +11,7 @@ end as the bits of that float plus the sum.
 Called for the MLPs of 8-bit models (engine/layers/linear.py). Letters: M rows, K inputs, N outputs.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ def _int8_linear_of_groups_triton(x, x_scale, weight, weight_scale, bias, residu
 
 def int8_linear_of_groups_cost(x, x_scale, weight, weight_scale, bias, residual, gate, dtype) -> Cost:
     base = product_cost((x.flatten(-2), x_scale, weight, weight_scale, bias, residual, gate), weight, "none", dtype)
-    return Cost(base.flop + ADDED * INSTRUCTION * x_scale.numel() * len(weight), base.nbytes)
+    return replace(base, beside=ADDED * INSTRUCTION * x_scale.numel() * len(weight))
 
 
 _int8_linear_of_groups = Operator(

@@ -11,6 +11,7 @@ A program's columns are those of whole heads, so it knows their scales: 3 of 80 
 Called for the blocks of 8-bit models (engine/layers/int8_attention.py). Letters: B pictures, L rows of each, K inputs.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -216,8 +217,9 @@ def int8_linear_to_heads_cost(x, x_scale, weight, weight_scale, bias, heads, wid
     """With the columns in vain, and the instructions that a product alone would not have."""
     rows, n, k = x_scale.numel(), len(weight), x.shape[-1]
     base, numbers = product_cost((x, x_scale, weight, weight_scale, bias), weight, "none", torch.int8), whole * heads
-    extra = 2 * rows * (_columns(n, width) - n) * k + WRITTEN * INSTRUCTION * rows * n
-    return Cost(base.flop + extra, base.nbytes + rows * (n - numbers * width) + 4 * rows * numbers)
+    beside = 2 * rows * (_columns(n, width) - n) * k + WRITTEN * INSTRUCTION * rows * n
+    written = rows * (n - numbers * width) + 4 * rows * numbers  # the second byte of values, and scales
+    return replace(base, nbytes=base.nbytes + written, beside=beside)
 
 
 _int8_linear_to_heads = Operator(

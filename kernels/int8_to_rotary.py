@@ -13,6 +13,7 @@ Called for the language model of an 8-bit UniPic (engine/layers/int8_attention.p
 heads, K key/value heads, D inputs.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -185,7 +186,7 @@ def int8_linear_to_rotary_cost(x, x_scale, weight, weight_scale, bias, cos, sin,
     rows, kv_heads = x_scale.numel(), off.shape[1]
     turned_columns = (heads + kv_heads) * WIDTH
     written = rows * (4 * (heads + kv_heads) + kv_heads * WIDTH)  # scales, and the second byte of values
-    return Cost(base.flop + WRITTEN * INSTRUCTION * rows * turned_columns, base.nbytes + written)
+    return replace(base, nbytes=base.nbytes + written, beside=WRITTEN * INSTRUCTION * rows * turned_columns)
 
 
 _int8_linear_to_rotary = Operator(
