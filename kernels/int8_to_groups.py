@@ -25,15 +25,14 @@ from ._product import (
     INSTRUCTION,
     check_product,
     dequantised,
-    fewest_clocks,
     finished,
     halves,
     out_features,
     place,
     product_cost,
     product_operands,
+    product_options,
     store_whole,
-    tile_options,
     weight_rows,
     whole_sums,
 )
@@ -157,7 +156,8 @@ def _int8_linear_to_groups_triton(x, x_scale, weight, weight_scale, bias, activa
     (m, k), n = rows.shape, out_features(weight, activation)
     y = torch.empty((*x.shape[:-1], n // GROUP, GROUP), dtype=torch.int8, device=x.device)
     y_scale = torch.empty(y.shape[:-1], dtype=torch.float32, device=x.device)
-    tiles = tile_options(fewest_clocks(TILES, m, len(weight)))
+    how, shape = f"{activation}{' rotated' * (group > 1)} ", (m, len(weight), k)
+    tiles = product_options("int8_to_groups", how, TILES, shape, x.device, fixed=("BLOCK_N",))
     launch(
         _to_groups_kernel,
         (triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(len(weight), tiles["BLOCK_N"]),),

@@ -24,12 +24,11 @@ from ._product import (
     INSTRUCTION,
     check_product,
     dequantised,
-    fewest_clocks,
     halves,
     place,
     product_cost,
     product_operands,
-    tile_options,
+    product_options,
     whole_sums,
 )
 from .int8_linear import int8_linear_ref, int8_linear_torch
@@ -189,7 +188,8 @@ def _int8_linear_to_heads_triton(x, x_scale, weight, weight_scale, bias, heads, 
     y = torch.empty((whole, images, heads, length, width), dtype=torch.int8, device=x.device)
     y_scale = torch.empty(y.shape[:-1], dtype=torch.float32, device=x.device)
     other = torch.empty((parts - whole, images, heads, length, width), dtype=torch.float16, device=x.device)
-    tiles = tile_options(fewest_clocks(TILES, images * length, _columns(n, width)))
+    shape = images * length, _columns(n, width), k
+    tiles = product_options("int8_to_heads", f"d{width} ", TILES, shape, x.device, fixed=("BLOCK_N",))
     launch(
         _to_heads_kernel,
         (triton.cdiv(length, tiles["BLOCK_M"]) * _columns(n, width) // tiles["BLOCK_N"], images),

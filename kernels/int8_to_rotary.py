@@ -26,13 +26,12 @@ from ._product import (
     INSTRUCTION,
     check_product,
     dequantised,
-    fewest_clocks,
     halves,
     place,
     product_cost,
     product_operands,
+    product_options,
     store_whole,
-    tile_options,
     whole_sums,
 )
 from .int8_linear import int8_linear_ref, int8_linear_torch
@@ -161,7 +160,7 @@ def _int8_linear_to_rotary_triton(x, x_scale, weight, weight_scale, bias, cos, s
     numbers = torch.empty((rows, heads + kv_heads, length, WIDTH), dtype=torch.int8, device=x.device)
     scale = torch.empty(numbers.shape[:-1], dtype=torch.float32, device=x.device)
     values = torch.empty((rows, kv_heads, length, WIDTH), dtype=torch.float16, device=x.device)
-    tiles = tile_options(fewest_clocks(TILES, rows * length, n))
+    tiles = product_options("int8_to_rotary", "", TILES, (rows * length, n, k), x.device, fixed=("BLOCK_N",))
     launch(
         _to_rotary_kernel,
         (triton.cdiv(length, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]), rows),
