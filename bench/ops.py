@@ -3,7 +3,7 @@
     python bench/ops.py [--only NAME ...] [--repeat 20] [--strict]
 
 The roof is measured in the same run: large matrix products and a large copy. What an operator could take at best is
-its multiplications at that rate or its bytes at that bandwidth, whichever is longer. Caches are flushed before every
+its multiplications at that rate, and nothing beside them, or its bytes at that bandwidth, whichever is longer. Caches are flushed before every
 timed run; times are medians in microseconds. An operator that disagrees with its reference is not timed. A table, then
 one JSON line, whose `slower` lists what takes over 2 % longer than torch on the same arguments, and whether the card's
 table has torch do it (kernels/_tuned.py). Exit status 1 when something disagrees or was not reached, with --strict also

@@ -41,18 +41,25 @@ from unipic_run.kernels._tuned import Options, Question
 
 WARPS, STAGES = (4, 8), (2, 3, 4)
 ATTENTION = {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": WARPS, "num_stages": STAGES}
+PRODUCT = {
+    "BLOCK_M": (16, 32, 64, 128),
+    "BLOCK_N": (32, 64, 128, 256),
+    "BLOCK_K": (32, 64, 128),
+    "num_warps": WARPS,
+    "num_stages": STAGES,
+}
 # Of each kernel's options, the values worth a try; an option that a kernel's default does not have is left out.
 GRIDS: dict[str, dict[str, Sequence[int]]] = {
     "attention": ATTENTION,
     "attention_int8": ATTENTION,
     "decode_attention": {"BLOCK_N": (32, 64, 128), "num_warps": (2, 4, 8), "num_stages": STAGES},
-    "int8_linear": {
-        "BLOCK_M": (16, 32, 64, 128),
-        "BLOCK_N": (32, 64, 128, 256),
-        "BLOCK_K": (32, 64, 128),
-        "num_warps": WARPS,
-        "num_stages": STAGES,
-    },
+    "prefix_attention_int8": ATTENTION,
+    "int8_linear": PRODUCT,
+    "int8_of_groups": PRODUCT,
+    "int8_to_groups": PRODUCT,
+    "int8_to_heads": PRODUCT,
+    "int8_to_rotary": PRODUCT,
+    "head_int8": PRODUCT | {"BLOCK_M": (16, 32, 64), "BLOCK_N": (16, 32, 64, 128, 256)},
     "int8_weight": {
         "BLOCK_N": (2, 4, 8, 16, 32),
         "BLOCK_K": (32, 128, 256, 512, 1024),

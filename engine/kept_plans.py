@@ -62,7 +62,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
     """All but its history and the names and shapes of operations; those that cost the same are counted together."""
     rows: Counter[tuple[Any, ...]] = Counter()
     for call, times in plan.calls.items():
-        rows[call.stage, call.kind, call.precision, call.flop, call.nbytes, call.launches] += times
+        rows[call.stage, call.kind, call.precision, call.flop, call.nbytes, call.launches, call.beside] += times
     return {
         "stages": {name: asdict(stage) for name, stage in plan.stages.items()},
         "parts": plan.parts,
@@ -76,8 +76,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
 def from_json(data: dict[str, Any]) -> Plan:
     """What `to_json` has told. Raises TypeError, ValueError or KeyError for anything else."""
     calls: Counter[Call] = Counter()
-    for stage, kind, precision, flop, nbytes, launches, times in data["calls"]:
-        calls[Call(stage, kind, precision, "", (), flop, nbytes, launches)] = times
+    for stage, kind, precision, *costs, times in data["calls"]:
+        calls[Call(stage, kind, precision, "", (), *costs)] = times
     return Plan(
         stages={name: Stage(**stage) for name, stage in data["stages"].items()},
         parts=data["parts"],

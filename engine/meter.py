@@ -43,6 +43,7 @@ class Call:
     flop: int
     nbytes: int  # read and written
     launches: int
+    beside: int = 0  # `Cost.beside`
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class Meter(TorchDispatchMode):
             return result
         tensors = list(tensors_in((args, kwargs)))
         kind = kind_of_ours(operator.name)
-        self._note(kind, precision(tensors), operator.name, result, cost.flop, cost.nbytes, count)
+        self._note(kind, precision(tensors), operator.name, result, cost.flop, cost.nbytes, count, cost.beside)
         return result
 
     def _torchs(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
@@ -199,9 +200,10 @@ class Meter(TorchDispatchMode):
         moved = bytes_of(name, read, results)
         self._note(KIND.get(name, "elementwise"), precision(read or results), name, result, flop, moved, 1)
 
-    def _note(self, kind: str, how: str, name: str, result: Any, flop: int, nbytes: int, launches: int) -> None:
+    def _note(self, kind: str, how: str, name: str, result: Any, *costs: int) -> None:
+        """`costs`: the last fields of a `Call`."""
         shape = next((tuple(x.shape) for x in tensors_in(result)), ())
-        call = Call(self.stage, kind, how, name, shape, flop, nbytes, launches)
+        call = Call(self.stage, kind, how, name, shape, *costs)
         self.calls[call] += 1
         self._remember(Counter((call,)))
 

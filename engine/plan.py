@@ -89,7 +89,7 @@ class Plan:
 
 
 def seconds_of(call: Call, card: Card) -> float:
-    return card.seconds(call.kind, call.precision, call.flop, call.nbytes, call.launches)
+    return card.seconds(call.kind, call.precision, call.flop + call.beside, call.nbytes, call.launches)
 
 
 def shapes(family: Verbs, config: Any, recipe: Recipe, dtype: torch.dtype, attend: Attention) -> nn.Module:

@@ -49,11 +49,16 @@ _told: set[str] = set()  # the kinds of failure that users have heard of
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call: multiply-adds count two, bytes are what must be read and written once."""
+    """Of one call: multiply-adds count two, bytes are what must be read and written once.
+
+    `beside`: what is computed in vain, and instructions around a product as the operations that tensor cores could have
+    done meanwhile. A prediction of seconds adds it to `flop`; a share of the roof does not.
+    """
 
     flop: int
     nbytes: int
     launches: int = 0  # of the library's kernels, which `launch` does not see
+    beside: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ._device import activate, rounded_to_int8, row_scale
 from ._op import Cost, tl, triton
+from ._tuned import Options, row_class, tuned
 from .quantise import activated, activation_flags
 
 LARGEST_K = 131072  # products of 127 * 127 whose sum fits int32
 # int8 operations that a multiprocessor's tensor cores do while one other instruction is issued for a value: 2048 and
-# 128 a clock on sm_89. What a kernel needs beyond the usual epilogue is counted so, as if nothing overlapped.
+# 128 a clock on sm_89. What a kernel needs beyond the usual epilogue is `Cost.beside`, as if nothing overlapped.
 INSTRUCTION = 16
 GROUP = 128  # columns of a product's output, or input, that share a scale where a row has several
 GROUP_M = 8  # row tiles that walk along the columns together
@@ -38,8 +39,32 @@ def fewest_clocks(tiles: Sequence[Tile], m: int, n: int) -> Tile:
     return min(tiles, key=clocks)
 
 
-def tile_options(tile: Tile) -> dict[str, int]:
+def tile_options(tile: Tile) -> Options:
     return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), tile, strict=True))
+
+
+def product_options(
+    kernel: str,
+    how: str,
+    tiles: Sequence[Tile],
+    shape: tuple[int, int, int],
+    device: torch.device,
+    fixed: Sequence[str] = (),
+) -> Options:
+    """Of the launch of a kernel for (m, k) x (n, k)^T, shape (m, n, k).
+
+    `how`: what else tells its shape classes apart; `fixed`: options that its layout of columns leaves no choice of.
+    """
+    m, n, k = shape
+    heuristic = tile_options(fewest_clocks(tiles, m, n))
+    kept = {name: heuristic.pop(name) for name in fixed}
+
+    def staged(options: Options) -> int:
+        """Bytes of both operands in a step, which is two products."""
+        whole = kept | options
+        return 2 * whole["BLOCK_K"] * (whole["BLOCK_M"] + whole["BLOCK_N"])
+
+    return kept | tuned(kernel, f"{how}m{row_class(m)} n{n} k{k}", heuristic, device, staged)
 
 
 def out_features(weight: Tensor, activation: str) -> int:

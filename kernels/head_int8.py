@@ -3,10 +3,9 @@
     modulated_linear_int8  act((LN(h) (1 + scale) + shift) W^T + b)                fc1 of a block, the final layer
     gated_linear_int8      h + gate * (u W^T + b)                                  fc2 of a block
 
-W ~ q_W * w_scale as in kernels/int8_linear.py. What multiplies W is made whole as in kernels/norms.py and
-kernels/quantise.py, so the numbers are those of their operators and a product each; but every program does it for its
-own rows, in two steps before its product: their moments, then their largest magnitude. With few rows that should cost
-less than a launch; with many, wide tiles have fewer programs repeat it.
+W ~ q_W * w_scale as in kernels/int8_linear.py. What multiplies W is made whole with a scale for each group of 128
+columns of a row, as kernels/int8_of_groups.py has it: a group is quantised on its way to its product, and no pass over
+a row is needed before. Every program does it for its own rows; the wider its tile, the fewer repeat it.
 Called by the composites of engine/layers/linear.py. Letters: M rows, K width in, N width out.
 """
 
@@ -15,15 +14,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ._device import moments, row_scale, to_int8
+from ._device import moments, row_scale, rounded_to_int8
 from ._op import Case, Cost, Operator, launch, tl, triton
-from ._product import check_product, epilogue, product_cost, weight_rows
+from ._product import GROUP, INSTRUCTION, Tile, check_product, epilogue, product_cost, tile_options, weight_rows
+from ._tuned import Options, dtype_class, row_class, tuned
 from .head import gated_linear_cases, gated_linear_ref, modulated_linear_cases, modulated_linear_ref
-from .int8_linear import int8_linear_torch
+from .int8_of_groups import ADDED, MAGIC, OFFSET, int8_linear_of_groups_torch
 from .norms import norm_torch
-from .quantise import quantise_rows
+from .quantise import activated, quantise_rows
 
 # Rows, columns and K of a step's product; warps, stages.
 TILES = (
@@ -31,24 +32,46 @@ TILES = (
     (16, 32, 128, 4, 3),
     (16, 64, 128, 4, 3),
     (16, 128, 128, 4, 3),
-    (16, 256, 64, 8, 3),
-    (32, 256, 64, 8, 3),
-    (64, 256, 64, 8, 2),  # with 3 stages more shared memory than a block of sm_89 may have, in float32
+    (16, 256, 128, 8, 3),
+    (32, 64, 128, 4, 3),
+    (32, 128, 128, 8, 3),
+    (32, 256, 128, 8, 2),
+    (64, 256, 128, 8, 2),
 )
+# Of a value that multiplies W: bytes that are read, and instructions until it is whole, as compiled for sm_89.
+MODULATED, PLAIN = (10, 40), (2, 14)
 
 
-def tile(m: int, n: int) -> tuple[int, int, int, int, int]:
+def tile(m: int, n: int, made: tuple[int, int], dtype: torch.dtype) -> Tile:
     """The tile for m rows and n columns; a heuristic, never measured.
 
-    The least that one of 128 multiprocessors has to do in whole rounds, if making a row's value whole takes as long
-    as reading 16 bytes of the weight: it is read up to four times, and the modulation twice.
+    As `_product.fewest_clocks`, and beside it what every program does to its rows, and that a multiprocessor has 64
+    bytes a clock from L2. K scales all of it alike.
     """
+    read, instructions = made
 
-    def work(candidate: tuple[int, int, int, int, int]) -> int:
+    def clocks(candidate: Tile) -> float:
         rows, columns = candidate[:2]
-        return triton.cdiv(triton.cdiv(m, rows) * triton.cdiv(n, columns), 128) * (16 * rows + columns)
+        programs, taken = triton.cdiv(m, rows) * triton.cdiv(n, columns), read * rows + columns
+        turns = triton.cdiv(programs, 128)
+        computing = turns * rows * (columns / 750 + instructions / 128)
+        return max(computing, programs * taken / 2000, turns * taken / 64)
 
-    return min(TILES, key=work)
+    return min(TILES[:-1] if dtype == torch.float32 else TILES, key=clocks)  # the last would spill
+
+
+def options(x: Tensor, n: int, made: tuple[int, int]) -> Options:
+    """Of the launch for rows x (M, K)."""
+    (m, k), modulated, single = x.shape, made is MODULATED, x.dtype == torch.float32
+    heuristic = tile_options(tile(m, n, made, x.dtype))
+    heuristic["num_stages"] = min(heuristic["num_stages"], 2 if single else 3)
+    del heuristic["BLOCK_K"]  # a group
+
+    def staged(tiles: Options) -> int:
+        return GROUP * (tiles["BLOCK_M"] * x.element_size() * (3 if modulated else 1) + tiles["BLOCK_N"])
+
+    key = f"{'modulated' if modulated else 'gated'} {dtype_class(x.dtype)} m{row_class(m)} n{n} k{k}"
+    return tuned("head_int8", key, heuristic, x.device, staged)
 
 
 # The weight comes first in the operators: the first tensor of a product tells the precision it is multiplied in.
@@ -66,12 +89,20 @@ def gated_linear_int8_ref(weight, weight_scale, bias, u, gate, h):
 
 def modulated_linear_int8_torch(weight, weight_scale, bias, h, shift, scale, norm_weight, norm_bias, eps, silu):
     normed = norm_torch(h, norm_weight, norm_bias, None, None, eps, False) * (1 + scale) + shift
-    act = "silu" if silu else "none"
-    return int8_linear_torch(*quantise_rows(normed), weight, weight_scale, bias, act, None, None, h.dtype)
+    return activated(_by_groups(normed, weight, weight_scale, bias, None, None), "silu" if silu else "none")
 
 
 def gated_linear_int8_torch(weight, weight_scale, bias, u, gate, h):
-    return int8_linear_torch(*quantise_rows(u), weight, weight_scale, bias, "none", h, gate, h.dtype)
+    return _by_groups(u, weight, weight_scale, bias, h, gate)
+
+
+def _by_groups(x, weight, weight_scale, bias, residual, gate) -> Tensor:
+    """The last group may be short."""
+    missing = -x.shape[1] % GROUP
+    groups = quantise_rows(F.pad(x, (0, missing)).unflatten(1, (-1, GROUP)))
+    return int8_linear_of_groups_torch(
+        *groups, F.pad(weight, (0, missing)), weight_scale, bias, residual, gate, x.dtype
+    )
 
 
 @triton.jit
@@ -122,9 +153,11 @@ def _head_int8_kernel(
     m,
     N: tl.constexpr,
     K: tl.constexpr,
+    GROUP: tl.constexpr,
+    MAGIC: tl.constexpr,
+    OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     STAT: tl.constexpr,
     MODULATE: tl.constexpr,
     AFFINE: tl.constexpr,
@@ -144,30 +177,23 @@ def _head_int8_kernel(
         mean = tl.zeros((BLOCK_M,), tl.float32)
         inverse = mean
 
-    largest = tl.zeros((BLOCK_M, STAT), tl.float32)
-    for start in tl.range(0, K, STAT, loop_unroll_factor=2):
-        k = start + tl.arange(0, STAT)
-        there = inside[:, None] & (k < K)[None, :]
-        x = _values(
-            x_at, shift_at, scale_at, there, k, mean, inverse, norm_weight_ptr, norm_bias_ptr, K, MODULATE, AFFINE
-        )  # fmt: skip
-        largest = tl.maximum(largest, tl.abs(x))
-    x_scale = row_scale(tl.max(largest, axis=1))
-
     weight_at = weight_ptr + weight_rows(left, N, BLOCK_N, False).to(tl.int64)[None, :] * K
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, GROUP):
+        k = start + tl.arange(0, GROUP)
         there = inside[:, None] & (k < K)[None, :]
         x = _values(
             x_at, shift_at, scale_at, there, k, mean, inverse, norm_weight_ptr, norm_bias_ptr, K, MODULATE, AFFINE
         )  # fmt: skip
+        x_scale = row_scale(tl.max(tl.abs(x), axis=1))
         weight = tl.load(weight_at + k[:, None], mask=(k < K)[:, None], other=0)
-        sums = tl.dot(to_int8(x, x_scale[:, None]), weight, sums, out_dtype=tl.int32)
+        sums = tl.full((BLOCK_M, BLOCK_N), MAGIC, tl.int32)
+        sums = tl.dot(rounded_to_int8(x * (1.0 / x_scale)[:, None]), weight, sums, out_dtype=tl.int32)
+        total += (sums.to(tl.float32, bitcast=True) - OFFSET) * x_scale[:, None]
 
     epilogue(
-        sums, x_scale, row, left, m, 1, weight_scale_ptr, bias_ptr, residual_ptr, gate_ptr, y_ptr, gate_stride,
-        N, BIAS, not MODULATE, not MODULATE, False, False, SILU, False,
+        total, tl.full((BLOCK_M,), 1.0, tl.float32), row, left, m, 1, weight_scale_ptr, bias_ptr, residual_ptr,
+        gate_ptr, y_ptr, gate_stride, N, BIAS, not MODULATE, not MODULATE, False, False, SILU, False,
     )  # fmt: skip
 
 
@@ -175,10 +201,10 @@ def _launch(x, modulation, norm, eps, weight, weight_scale, bias, silu, gate, re
     """With a modulation (shift, scale) and perhaps a norm's (weight, bias), or with a gate and a residual."""
     (m, k), n = x.shape, len(weight)
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    block_m, block_n, block_k, warps, stages = tile(m, n)
+    tiles = options(x, n, MODULATED if modulation else PLAIN)
     launch(
         _head_int8_kernel,
-        (triton.cdiv(n, block_n), triton.cdiv(m, block_m)),
+        (triton.cdiv(n, tiles["BLOCK_N"]), triton.cdiv(m, tiles["BLOCK_M"])),
         x,
         *(modulation or (x, x)),
         *(norm or (x, x)),
@@ -195,16 +221,15 @@ def _launch(x, modulation, norm, eps, weight, weight_scale, bias, silu, gate, re
         m,
         N=n,
         K=k,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        STAT=512 * warps // block_m,  # 16 values a thread
+        GROUP=GROUP,
+        MAGIC=MAGIC,
+        OFFSET=OFFSET,
+        STAT=512 * tiles["num_warps"] // tiles["BLOCK_M"],  # 16 values a thread
         MODULATE=modulation is not None,
         AFFINE=norm is not None,
         BIAS=bias is not None,
         SILU=silu,
-        num_warps=warps,
-        num_stages=stages,
+        **tiles,
     )
     return y
 
@@ -222,10 +247,24 @@ def _gated_linear_int8_triton(weight, weight_scale, bias, u, gate, h):
     return _launch(u, None, None, 0.0, weight, weight_scale, bias, False, gate, h.contiguous())
 
 
-def head_int8_cost(weight, weight_scale, bias, x, *rest) -> Cost:
-    """Of either."""
+def modulated_linear_int8_cost(weight, weight_scale, bias, h, *rest) -> Cost:
+    return _cost(MODULATED, weight, weight_scale, bias, h, *rest)
+
+
+def gated_linear_int8_cost(weight, weight_scale, bias, u, *rest) -> Cost:
+    return _cost(PLAIN, weight, weight_scale, bias, u, *rest)
+
+
+def _cost(made: tuple[int, int], weight, weight_scale, bias, x, *rest) -> Cost:
+    """With what programs repeat, and the sums of groups."""
     others = (t for t in rest if isinstance(t, Tensor))
-    return product_cost((x, weight, weight_scale, bias, *others), weight, "none", x.dtype)
+    base, (m, k), n = (
+        product_cost((x, weight, weight_scale, bias, *others), weight, "none", x.dtype),
+        x.shape,
+        len(weight),
+    )
+    repeated = triton.cdiv(n, tile(m, n, made, x.dtype)[1]) * made[1] * m * k
+    return replace(base, beside=INSTRUCTION * (repeated + ADDED * m * n * triton.cdiv(k, GROUP)))
 
 
 _modulated_linear_int8 = Operator(
@@ -233,13 +272,13 @@ _modulated_linear_int8 = Operator(
     "Tensor? norm_weight, Tensor? norm_bias, float eps, bool silu) -> Tensor",
     torch=modulated_linear_int8_torch,
     triton=_modulated_linear_int8_triton,
-    cost=head_int8_cost,
+    cost=modulated_linear_int8_cost,
 )
 _gated_linear_int8 = Operator(
     "gated_linear_int8(Tensor weight, Tensor weight_scale, Tensor? bias, Tensor u, Tensor gate, Tensor h) -> Tensor",
     torch=gated_linear_int8_torch,
     triton=_gated_linear_int8_triton,
-    cost=head_int8_cost,
+    cost=gated_linear_int8_cost,
 )
 
 

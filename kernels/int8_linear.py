@@ -21,22 +21,19 @@ from torch import Tensor
 from ._op import Case, Cost, Operator, launch, tl, triton
 from ._product import (
     GROUP_M,
-    Tile,
     check_product,
     epilogue,
     epilogue_options,
-    fewest_clocks,
     finished,
     halves,
     out_features,
     place,
     product_cost,
     product_operands,
-    tile_options,
+    product_options,
     weight_rows,
     whole_sums,
 )
-from ._tuned import Options, row_class, tuned
 
 EXACT = 1024  # products of int8 whose sum float32 holds exactly: 1024 * 128 * 128 = 2^24
 
@@ -48,22 +45,6 @@ TILES = (
     (32, 64, 64, 4, 4),  # 36864
     (16, 32, 128, 4, 4),  # 36864: fewest wasted rows
 )
-
-
-def tile(m: int, n: int, k: int) -> Tile:
-    """The tile for (m, k) x (n, k)^T."""
-    return fewest_clocks(TILES, m, n)
-
-
-def options(m: int, n: int, k: int, device: torch.device) -> Options:
-    """Of the launch for (m, k) x (n, k)^T."""
-    heuristic = tile_options(tile(m, n, k))
-    return tuned("int8_linear", f"m{row_class(m)} n{n} k{k}", heuristic, device, staged)
-
-
-def staged(tiles: Options) -> int:
-    """Bytes of both operands in a step, which is two products."""
-    return 2 * tiles["BLOCK_K"] * (tiles["BLOCK_M"] + tiles["BLOCK_N"])
 
 
 def int8_linear_ref(
@@ -141,7 +122,7 @@ def _int8_linear_triton(x, x_scale, weight, weight_scale, bias, activation, resi
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     (m, k), n = rows.shape, out_features(weight, activation)
     y = torch.empty((*x.shape[:-1], n), dtype=dtype, device=x.device)
-    tiles = options(m, len(weight), k, x.device)
+    tiles = product_options("int8_linear", "", TILES, (m, len(weight), k), x.device)
     launch(
         _int8_linear_kernel,
         (triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"] * n // len(weight)),),

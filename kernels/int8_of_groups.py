@@ -11,6 +11,7 @@ end as the bits of that float plus the sum.
 Called for the MLPs of 8-bit models (engine/layers/linear.py). Letters: M rows, K inputs, N outputs.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,12 +26,11 @@ from ._product import (
     check_product,
     epilogue,
     epilogue_options,
-    fewest_clocks,
     finished,
     place,
     product_cost,
     product_operands,
-    tile_options,
+    product_options,
     weight_rows,
 )
 
@@ -112,7 +112,7 @@ def _int8_linear_of_groups_triton(x, x_scale, weight, weight_scale, bias, residu
     (n, k), lead = weight.shape, x.shape[:-2]
     y = torch.empty((*lead, n), dtype=dtype, device=x.device)
     m = x.numel() // k
-    tiles = tile_options(fewest_clocks(TILES, m, n))
+    tiles = product_options("int8_of_groups", "", TILES, (m, n, k), x.device, fixed=("BLOCK_K",))
     launch(
         _of_groups_kernel,
         (triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]),),
@@ -134,7 +134,7 @@ def _int8_linear_of_groups_triton(x, x_scale, weight, weight_scale, bias, residu
 
 def int8_linear_of_groups_cost(x, x_scale, weight, weight_scale, bias, residual, gate, dtype) -> Cost:
     base = product_cost((x.flatten(-2), x_scale, weight, weight_scale, bias, residual, gate), weight, "none", dtype)
-    return Cost(base.flop + ADDED * INSTRUCTION * x_scale.numel() * len(weight), base.nbytes)
+    return replace(base, beside=ADDED * INSTRUCTION * x_scale.numel() * len(weight))
 
 
 _int8_linear_of_groups = Operator(

@@ -11,6 +11,7 @@ scales are finer than one for all of it. kernels/int8_of_groups.py reads them; y
 Called for the MLPs of 8-bit models (engine/layers/linear.py). Letters: M rows, K inputs, N outputs.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,15 +25,14 @@ from ._product import (
     INSTRUCTION,
     check_product,
     dequantised,
-    fewest_clocks,
     finished,
     halves,
     out_features,
     place,
     product_cost,
     product_operands,
+    product_options,
     store_whole,
-    tile_options,
     weight_rows,
     whole_sums,
 )
@@ -156,7 +156,8 @@ def _int8_linear_to_groups_triton(x, x_scale, weight, weight_scale, bias, activa
     (m, k), n = rows.shape, out_features(weight, activation)
     y = torch.empty((*x.shape[:-1], n // GROUP, GROUP), dtype=torch.int8, device=x.device)
     y_scale = torch.empty(y.shape[:-1], dtype=torch.float32, device=x.device)
-    tiles = tile_options(fewest_clocks(TILES, m, len(weight)))
+    how, shape = f"{activation}{' rotated' * (group > 1)} ", (m, len(weight), k)
+    tiles = product_options("int8_to_groups", how, TILES, shape, x.device, fixed=("BLOCK_N",))
     launch(
         _to_groups_kernel,
         (triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(len(weight), tiles["BLOCK_N"]),),
@@ -175,11 +176,11 @@ def _int8_linear_to_groups_triton(x, x_scale, weight, weight_scale, bias, activa
 
 
 def int8_linear_to_groups_cost(x, x_scale, weight, weight_scale, bias, activation, group) -> Cost:
-    """With the instructions behind the product that it would not have alone, as what else they could have computed."""
+    """With the instructions behind the product that it would not have alone."""
     base = product_cost((x, x_scale, weight, weight_scale, bias), weight, activation, torch.int8)
     values = x.numel() // x.shape[-1] * out_features(weight, activation)
-    extra = (WRITTEN + ROTATED * (group > 1)) * INSTRUCTION * values
-    return Cost(base.flop + extra, base.nbytes + 4 * values // GROUP)
+    beside = (WRITTEN + ROTATED * (group > 1)) * INSTRUCTION * values
+    return replace(base, nbytes=base.nbytes + 4 * values // GROUP, beside=beside)
 
 
 _int8_linear_to_groups = Operator(

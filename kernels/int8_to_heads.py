@@ -11,6 +11,7 @@ A program's columns are those of whole heads, so it knows their scales: 3 of 80 
 Called for the blocks of 8-bit models (engine/layers/int8_attention.py). Letters: B pictures, L rows of each, K inputs.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,12 +24,11 @@ from ._product import (
     INSTRUCTION,
     check_product,
     dequantised,
-    fewest_clocks,
     halves,
     place,
     product_cost,
     product_operands,
-    tile_options,
+    product_options,
     whole_sums,
 )
 from .int8_linear import int8_linear_ref, int8_linear_torch
@@ -188,7 +188,8 @@ def _int8_linear_to_heads_triton(x, x_scale, weight, weight_scale, bias, heads, 
     y = torch.empty((whole, images, heads, length, width), dtype=torch.int8, device=x.device)
     y_scale = torch.empty(y.shape[:-1], dtype=torch.float32, device=x.device)
     other = torch.empty((parts - whole, images, heads, length, width), dtype=torch.float16, device=x.device)
-    tiles = tile_options(fewest_clocks(TILES, images * length, _columns(n, width)))
+    shape = images * length, _columns(n, width), k
+    tiles = product_options("int8_to_heads", f"d{width} ", TILES, shape, x.device, fixed=("BLOCK_N",))
     launch(
         _to_heads_kernel,
         (triton.cdiv(length, tiles["BLOCK_M"]) * _columns(n, width) // tiles["BLOCK_N"], images),
@@ -216,8 +217,9 @@ def int8_linear_to_heads_cost(x, x_scale, weight, weight_scale, bias, heads, wid
     """With the columns in vain, and the instructions that a product alone would not have."""
     rows, n, k = x_scale.numel(), len(weight), x.shape[-1]
     base, numbers = product_cost((x, x_scale, weight, weight_scale, bias), weight, "none", torch.int8), whole * heads
-    extra = 2 * rows * (_columns(n, width) - n) * k + WRITTEN * INSTRUCTION * rows * n
-    return Cost(base.flop + extra, base.nbytes + rows * (n - numbers * width) + 4 * rows * numbers)
+    beside = 2 * rows * (_columns(n, width) - n) * k + WRITTEN * INSTRUCTION * rows * n
+    written = rows * (n - numbers * width) + 4 * rows * numbers  # the second byte of values, and scales
+    return replace(base, nbytes=base.nbytes + written, beside=beside)
 
 
 _int8_linear_to_heads = Operator(

@@ -13,6 +13,7 @@ Called for the language model of an 8-bit UniPic (engine/layers/int8_attention.p
 heads, K key/value heads, D inputs.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,13 +26,12 @@ from ._product import (
     INSTRUCTION,
     check_product,
     dequantised,
-    fewest_clocks,
     halves,
     place,
     product_cost,
     product_operands,
+    product_options,
     store_whole,
-    tile_options,
     whole_sums,
 )
 from .int8_linear import int8_linear_ref, int8_linear_torch
@@ -160,7 +160,7 @@ def _int8_linear_to_rotary_triton(x, x_scale, weight, weight_scale, bias, cos, s
     numbers = torch.empty((rows, heads + kv_heads, length, WIDTH), dtype=torch.int8, device=x.device)
     scale = torch.empty(numbers.shape[:-1], dtype=torch.float32, device=x.device)
     values = torch.empty((rows, kv_heads, length, WIDTH), dtype=torch.float16, device=x.device)
-    tiles = tile_options(fewest_clocks(TILES, rows * length, n))
+    tiles = product_options("int8_to_rotary", "", TILES, (rows * length, n, k), x.device, fixed=("BLOCK_N",))
     launch(
         _to_rotary_kernel,
         (triton.cdiv(length, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]), rows),
@@ -185,7 +185,7 @@ def int8_linear_to_rotary_cost(x, x_scale, weight, weight_scale, bias, cos, sin,
     rows, kv_heads = x_scale.numel(), off.shape[1]
     turned_columns = (heads + kv_heads) * WIDTH
     written = rows * (4 * (heads + kv_heads) + kv_heads * WIDTH)  # scales, and the second byte of values
-    return Cost(base.flop + WRITTEN * INSTRUCTION * rows * turned_columns, base.nbytes + written)
+    return replace(base, nbytes=base.nbytes + written, beside=WRITTEN * INSTRUCTION * rows * turned_columns)
 
 
 _int8_linear_to_rotary = Operator(

@@ -17,10 +17,10 @@ from unipic_run.engine.schedules import ddpm_table
 from unipic_run.kernels import head_int8
 from unipic_run.kernels._op import HAS_TRITON, interpreted, recording
 from unipic_run.kernels.ddpm_step import Drawn, step_table
-from unipic_run.kernels.head_int8 import TILES, gated_linear_int8, modulated_linear_int8, tile
-from unipic_run.kernels.int8_linear import int8_linear
-from unipic_run.kernels.norms import norm_int8
-from unipic_run.kernels.quantise import quantise, quantise_rows
+from unipic_run.kernels.head_int8 import MODULATED, PLAIN, TILES, gated_linear_int8, modulated_linear_int8, tile
+from unipic_run.kernels.int8_of_groups import int8_linear_of_groups
+from unipic_run.kernels.norms import norm_torch
+from unipic_run.kernels.quantise import quantise_rows
 from unipic_run.quant.recipe import Recipe
 from unipic_run.quant.swap import Change, swap
 
@@ -39,32 +39,35 @@ def row_errors(y: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 
 @needs_the_interpreter
 @pytest.mark.parametrize("candidate", TILES, ids=str)
-def test_they_are_a_quantiser_and_a_product(candidate, monkeypatch):
-    monkeypatch.setattr(head_int8, "tile", lambda m, n: candidate)
+def test_they_are_a_quantiser_of_groups_and_a_product(candidate, monkeypatch):
+    monkeypatch.setattr(head_int8, "tile", lambda *given: candidate)
     torch.manual_seed(0)
-    block_m, block_n, block_k, *_ = candidate
-    m, n, k = block_m + 3, block_n + 5, block_k + 16
+    block_m, block_n, *_ = candidate
+    m, n, k = block_m + 3, block_n + 5, 256
     h, bias, weight = torch.randn(m, k), torch.randn(n), weight_of(n, k)
     shift, scale, _ = torch.randn(m, 3 * k).chunk(3, dim=-1)
     norm = torch.rand(k), torch.randn(k)
     gate, residual = torch.randn(m, n), torch.randn(m, n)
-    with interpreted():
-        with recording() as launches:
-            modulated = modulated_linear_int8(h, shift, scale, *norm, 1e-6, *weight, bias, True)
-            gated = gated_linear_int8(h, *weight, bias, gate, residual)
-        assert len(launches) == 2 and launches[0].grid == (-(-n // block_n), -(-m // block_m))
-        whole = norm_int8(h, *norm, shift, scale, 1e-6, False)
-        one_by_one = int8_linear(*whole, *weight, bias, "silu", dtype=torch.float32)
-        assert row_errors(gated, int8_linear(*quantise(h), *weight, bias, "none", residual, gate, h.dtype)).max() < 1e-6
+    with interpreted(), recording() as launches:
+        modulated = modulated_linear_int8(h, shift, scale, *norm, 1e-6, *weight, bias, True)
+        gated = gated_linear_int8(h, *weight, bias, gate, residual)
+    assert len(launches) == 2 and launches[0].grid == (-(-n // block_n), -(-m // block_m))
+    normed = norm_torch(h, *norm, shift, scale, 1e-6, False)
+    by_groups = [quantise_rows(x.unflatten(1, (-1, 128))) for x in (normed, h)]
+    one_by_one = torch.nn.functional.silu(int8_linear_of_groups(*by_groups[0], *weight, bias, dtype=torch.float32))
+    expected = int8_linear_of_groups(*by_groups[1], *weight, bias, residual, gate, torch.float32)
     # Moments are summed in another order, so a number near a half may be rounded to the other side.
-    errors = row_errors(modulated, one_by_one)
-    assert (errors < 1e-6).float().mean() > 0.9 and errors.max() < 1e-2
+    for found, wanted in ((modulated, one_by_one), (gated, expected)):
+        errors = row_errors(found, wanted)
+        assert (errors < 1e-6).float().mean() > 0.9 and errors.max() < 1e-2
 
 
 def test_tiles_grow_with_the_rows():
-    picked = [tile(rows, 1536) for rows in (10, 20, 40, 100, 200, 402, 804)]
-    assert picked == list(TILES), "cases of every tile are compiled and timed"
-    assert all(a[0] * a[1] < b[0] * b[1] for a, b in pairwise(picked))
+    rows, picked = (10, 20, 40, 100, 200, 402, 804, 1604), {}
+    for made in (MODULATED, PLAIN):
+        picked[made] = [tile(m, 1536, made, torch.bfloat16) for m in rows]
+        assert all(a[0] * a[1] <= b[0] * b[1] for a, b in pairwise(picked[made]))
+    assert {*picked[MODULATED], *picked[PLAIN]} == {*TILES}, "cases of every tile are compiled and timed"
 
 
 def test_what_does_not_fit_is_said():
@@ -121,7 +124,7 @@ def test_at_most_thirty_launches_a_denoising_step(tokens):
     with torch.inference_mode():
         z = torch.empty(2 * tokens, config.condition, device="meta", dtype=torch.bfloat16)
         start, coefficients = torch.empty(tokens, 16, device="meta"), step_table(table, 2.5, 0.9).to("meta")
-        run = head.begin(z, start, drawn, coefficients, head.embed_steps(table))
+        run = head.begin(z, start, drawn, coefficients, head.embed_steps(table), head.final.folded())
         with Meter() as meter:
             head.advance(run, steps)
     assert meter.total().launches <= 30 * steps

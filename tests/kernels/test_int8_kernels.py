@@ -10,7 +10,8 @@ from unipic_run.kernels import int8_linear as linear_file
 from unipic_run.kernels import int8_weight as weight_file
 from unipic_run.kernels import quantise as quantise_file
 from unipic_run.kernels._op import HAS_TRITON, interpreted, recording
-from unipic_run.kernels.int8_linear import TILES, int8_linear, int8_linear_ref, tile
+from unipic_run.kernels._product import fewest_clocks
+from unipic_run.kernels.int8_linear import TILES, int8_linear, int8_linear_ref
 from unipic_run.kernels.int8_weight import int8_weight_linear, int8_weight_ref
 from unipic_run.kernels.quantise import group_of, quantise, quantise_rows, rotated, walsh_hadamard
 
@@ -44,7 +45,7 @@ def relative(y: torch.Tensor, exact: torch.Tensor) -> float:
 @pytest.mark.parametrize("activation", ["none", "swiglu"])
 @pytest.mark.parametrize("candidate", TILES, ids=str)
 def test_every_tile_with_all_its_tails(candidate, activation, monkeypatch):
-    monkeypatch.setattr(linear_file, "tile", lambda m, n, k: candidate)
+    monkeypatch.setattr(linear_file, "TILES", (candidate,))
     torch.manual_seed(0)
     block_m, block_n, block_k, *_ = candidate
     n, outputs = (block_n + 6, block_n // 2 + 3) if activation == "swiglu" else (block_n + 5, block_n + 5)
@@ -144,9 +145,9 @@ def test_halves_are_rounded_away_from_zero():
 def test_tiles_fit_their_card_and_their_shapes():
     for block_m, block_n, block_k, _, stages in TILES:
         assert (block_m + block_n) * 2 * block_k * (stages - 1) <= SHARED_ON_SM89
-    assert tile(8320, 17920, 1536) == TILES[0]
-    assert tile(10, 1536, 1536) == TILES[-1]
-    assert tile(400, 1536, 1536)[0] < 128, "tiles of 128 rows leave most of the card idle"
+    assert fewest_clocks(TILES, 8320, 17920) == TILES[0]
+    assert fewest_clocks(TILES, 10, 1536) == TILES[-1]
+    assert fewest_clocks(TILES, 400, 1536)[0] < 128, "tiles of 128 rows leave most of the card idle"
 
 
 def test_what_does_not_fit_is_said():

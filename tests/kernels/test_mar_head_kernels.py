@@ -100,7 +100,8 @@ class Denoised:
         return self.head.sample(self.z, self.start, self.noise, self.table, self.embedded, *SCALES, chunk)
 
     def replayed(self, chunks: list[int]) -> torch.Tensor:
-        run = self.head.begin(self.z, self.start, self.drawn, step_table(self.table, *SCALES), self.embedded)
+        once = step_table(self.table, *SCALES), self.embedded, self.head.final.folded()
+        run = self.head.begin(self.z, self.start, self.drawn, *once)
         at = [x.data_ptr() for x in (run.x, run.h, run.clock)]
         for steps in chunks:
             self.head.advance(run, steps)
@@ -149,7 +150,7 @@ def test_at_most_thirty_launches_a_denoising_step(tokens: int, dtype: torch.dtyp
     with torch.inference_mode():
         z = torch.empty(2 * tokens, config.condition, device="meta", dtype=dtype)
         start, coefficients = torch.empty(tokens, 16, device="meta"), step_table(table, *SCALES).to("meta")
-        run = head.begin(z, start, drawn, coefficients, head.embed_steps(table))
+        run = head.begin(z, start, drawn, coefficients, head.embed_steps(table), head.final.folded())
         with Meter() as meter:
             head.advance(run, steps)
     assert meter.total().launches <= 30 * steps

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from unipic_run.bench.tune import GRIDS
 from unipic_run.engine.gpus import SHARED_PER_BLOCK
 from unipic_run.kernels import _tuned
 from unipic_run.kernels._op import HAS_TRITON, OPERATORS, Cost, KernelWarning, Operator, recording
 from unipic_run.kernels._registry import checks
 from unipic_run.kernels.int8_linear import int8_linear
+from unipic_run.kernels.int8_to_groups import int8_linear_to_groups
 from unipic_run.kernels.norms import rms_norm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,7 +145,21 @@ def test_kernels_with_candidates_ask():
         with _tuned.asking() as questions:
             check.operator.op(*[x.to("meta") if isinstance(x, torch.Tensor) else x for x in check.case.make("cpu")])
         asked |= {question.kernel for question in questions}
-    assert asked >= {"attention", "attention_int8", "decode_attention", "int8_linear", "int8_weight", "norm"}
+    assert asked >= GRIDS.keys() >= {"attention", "int8_linear", "int8_to_groups", "int8_of_groups", "int8_to_heads"}
+
+
+@needs_triton
+def test_a_layout_that_a_kernel_depends_on_is_not_to_be_tuned(table):
+    like = {"device": "meta"}
+    x, weight = (torch.empty(n, 1536, dtype=torch.int8, **like) for n in (400, 2560))
+    given = x, torch.empty(400, **like), weight, torch.empty(2560, **like)
+    for options, said in (({"BLOCK_N": 128}, "not some of"), ({"BLOCK_M": 64, "num_stages": 2}, None)):
+        table({"int8_to_groups": {"none m512 n2560 k1536": {"options": options}}})
+        with recording() as launches, warnings.catch_warnings(record=True) as raised:
+            warnings.simplefilter("always")
+            int8_linear_to_groups(*given)
+        assert launches[0].options["BLOCK_N"] == 256 and launches[0].options["num_stages"] == (3 if said else 2)
+        assert [said in str(one.message) for one in raised] == [True] * bool(said)
 
 
 class OnCard(torch.Tensor):

@@ -166,16 +166,18 @@ class DiffusionHead(nn.Module):
         return x
 
     def sample_drawn(
-        self, z: Tensor, start: Tensor, drawn: Drawn, table: Tensor, embedded: Tensor, graphs: Graphs
+        self, z: Tensor, start: Tensor, drawn: Drawn, table: Tensor, embedded: Tensor, final: Product, graphs: Graphs
     ) -> Tensor:
         """As `sample`, but noise is drawn where it is used, and table (T, 8) of `step_table` has all numbers.
+
+        `final` = self.final.folded(), made once a request.
 
         What it returns may be overwritten by the next call: a chunk of steps that is taken often enough is captured.
         """
         chunk = min(CHUNK, self.most_steps(len(z)))
         chunks = [min(chunk, left) for left in range(len(table), 0, -chunk)]
         key, often = (len(z), len(start), len(table)), chunks.count(chunk) > 2
-        run = self.begin(z, start, drawn, table, embedded)
+        run = self.begin(z, start, drawn, table, embedded, final)
         run = graphs.hold("head", key, run) if often else run
         for steps in chunks:
             if often and steps == chunk:
@@ -184,13 +186,14 @@ class DiffusionHead(nn.Module):
                 self.advance(run, steps)
         return run.x
 
-    def begin(self, z: Tensor, start: Tensor, drawn: Drawn, table: Tensor, embedded: Tensor) -> Denoising:
+    def begin(
+        self, z: Tensor, start: Tensor, drawn: Drawn, table: Tensor, embedded: Tensor, final: Product
+    ) -> Denoising:
         """Ready for the first step; arguments as in `sample_drawn`."""
         c = self.cond_embed(z)
         seen = start.to(c.dtype).repeat(len(z) // max(len(start), 1), 1)
         clock = torch.full((2,), len(table) - 1, device=start.device)
-        made = self.input_proj(seen), clock, c, self.final.folded()
-        return Denoising(start.clone(), *made, drawn, table, embedded)
+        return Denoising(start.clone(), self.input_proj(seen), clock, c, final, drawn, table, embedded)
 
     def advance(self, run: Denoising, steps: int = 1) -> None:
         """Take the next steps, in place; their modulations are made at once."""

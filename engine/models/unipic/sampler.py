@@ -40,6 +40,7 @@ class Sampler:
             device = self.steps.device
             self.keys = torch.tensor([noise.key for noise in noises], device=device)
             self.coefficients = step_table(self.table, task.guidance, task.temperature).to(device)
+            self.final = model.graphs.hold("final layer", (), model.head.final.folded())
         self.base = model.mar_decoder.base(edited)
         self.prompts = Prompts.of(rows)
         fixed = (
@@ -85,4 +86,5 @@ class Sampler:
         start = token_noise(key, position, Stream.HEAD_START, 1, self.model.config.head.channels)[0]
         self.coefficients[:, GUIDANCE].fill_(guidance)
         drawn = Drawn(key, position, Stream.HEAD_STEP)
-        return self.model.head.sample_drawn(z, start, drawn, self.coefficients, self.steps, self.model.graphs)
+        once = self.coefficients, self.steps, self.final
+        return self.model.head.sample_drawn(z, start, drawn, *once, self.model.graphs)
