@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kernels._tuned import left_to_torch
 from . import families
 from .device import as_dtype, dtype_name
 from .errors import UsageError
@@ -173,6 +174,7 @@ def told(asked: Asked) -> dict[str, Any]:
         **asked.settings(),
         "stages": stages,
         "graphs": asdict(graphs) | {"fit": fit_too},
+        "left_to_torch": left_to_torch(asked.card.capability),  # and counted as ours all the same
         "placement": {
             "where": dict(placement.where),
             "bands": list(placement.banded),
