@@ -252,6 +252,9 @@ def plan(
     if graphs := terminal.data["graphs"]["pool"] + terminal.data["graphs"]["kept"]:
         fit = "would take" if terminal.data["graphs"]["fit"] else "find no room: they want"
         terminal.line(f"CUDA graphs {fit} {graphs / 2**30:.1f} GiB beside it")
+    if left := terminal.data["left_to_torch"]:
+        calls = sum(map(len, left.values()))
+        terminal.line(f"counted as our kernels, but faster by torch on this card: {calls} kinds of {', '.join(left)}")
     if plot:
         save_plot(asked, plot, overwrite)
         terminal.data["plot"] = plot

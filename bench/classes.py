@@ -9,20 +9,23 @@ class of over 10 % of the time has to reach 60 % of its roof, or bench/causes.js
 
 Takes the options of bench/latency.py that say which picture of which model. A table, then one JSON line; exit status 1
 where a class falls short, or a kernel could not be had and torch was timed in its place. On a CPU there is no roof
-worth the name: the way is gone and no class is judged.
+worth the name: the way is gone and no class is judged. When its time is up (SIGTERM), it tells of the part of the
+picture that it came to, judges nothing and fails.
 """
 
 import json
+import signal
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from unipic_run.bench import latency
 from unipic_run.bench.checkout import require_this_checkout
-from unipic_run.bench.ops import measured_roof, roofline
-from unipic_run.bench.stopwatch import time_a_picture
+from unipic_run.bench.ops import Stopped, measured_roof, roofline, stop
+from unipic_run.bench.stopwatch import stopwatch, time_a_picture
 from unipic_run.engine.meter import Call
 from unipic_run.engine.precision import true_float32
 from unipic_run.kernels._op import HAS_TRITON, OPERATORS
@@ -41,17 +44,21 @@ def main(arguments: list[str] | None = None) -> int:
         cuda = engine.device.type == "cuda"
         with torch.inference_mode(), true_float32():
             roof = measured_roof(REPEAT, engine.device.type)
-        watch = time_a_picture(engine.loaded, latency.PROMPT, options.res, options.iters, options.batch)
-    rows = classes(watch.calls, watch.seconds, roof)
-    causes = stated(CAUSES, architecture()) if cuda else {}
-    short = [row["class"] for row in rows if falls_short(row) and row["class"] not in causes] if cuda else []
+        watch, stopped = stopwatch(engine.device), True
+        signal.signal(signal.SIGTERM, stop)
+        with suppress(Stopped):
+            time_a_picture(watch, engine.loaded, latency.PROMPT, options.res, options.iters, options.batch)
+            stopped = False
+    rows = classes({call: times for call, times in watch.calls.items() if call in watch.seconds}, watch.seconds, roof)
+    causes, judged = stated(CAUSES, architecture()) if cuda else {}, cuda and not stopped
+    short = [row["class"] for row in rows if falls_short(row) and row["class"] not in causes] if judged else []
     if not options.json:
         print(*table(rows, causes), sep="\n", flush=True)
     summary |= {"kinds_of_calls": len(watch.seconds), "seconds": sum(row["seconds"] for row in rows), "roof": roof}
     broken = {one.name: one.broken for one in OPERATORS.values() if one.broken} if HAS_TRITON else {}
-    passed = not (short or broken)
+    passed = not (short or broken or stopped)
     summary |= {"classes": rows, "causes": causes, "short_of_their_roof": short, "broken": broken}
-    print(json.dumps(summary | {"judged": cuda, "passed": passed}))
+    print(json.dumps(summary | {"judged": judged, "stopped": stopped, "passed": passed}))
     return 0 if passed else 1
 
 

@@ -69,11 +69,11 @@ part bf16 75 "${latency[@]}" --tasks gen --repeat 2 --plan
 part int8 85 "${latency[@]}" --tasks gen --repeat 2 --plan --quant int8 --attn int8-qk
 part targets 15 "$PYTHON" bench/targets.py "$OUT/bf16.log" "$OUT/int8.log"
 part ops 90 "$PYTHON" bench/ops.py
+part classes-int8 60 "${classes[@]}" --quant int8 --attn int8-qk
+part classes 60 "${classes[@]}"
 part parity-int8 40 "${parity[@]}" --quant int8 --attn int8-qk
-part latency 75 "${latency[@]}" --vram-cap 15
 part vram 100 "$PYTHON" bench/vram.py "${memory[@]}"
-part classes 75 "${classes[@]}"
-part classes-int8 75 "${classes[@]}" --quant int8 --attn int8-qk
+part latency 75 "${latency[@]}" --vram-cap 15
 part torch-only 45 env UNIPIC_RUN_TRITON=0 "${latency[@]}" --tasks gen --repeat 2
 part batch-of-4 40 "${latency[@]}" --tasks gen --batch 4
 

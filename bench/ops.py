@@ -3,11 +3,12 @@
     python bench/ops.py [--only NAME ...] [--repeat 20] [--strict]
 
 The roof is measured in the same run: large matrix products and a large copy. What an operator could take at best is
-its multiplications at that rate, and nothing beside them, or its bytes at that bandwidth, whichever is longer. Caches are flushed before every
-timed run; times are medians in microseconds. An operator that disagrees with its reference is not timed. A table, then
-one JSON line, whose `slower` lists what takes over 2 % longer than torch on the same arguments, and whether the card's
-table has torch do it (kernels/_tuned.py). Exit status 1 when something disagrees or was not reached, with --strict also
-when something is slower and not listed there. Without a CUDA device it says so and succeeds.
+its multiplications at that rate, and nothing beside them, or its bytes at that bandwidth, whichever is longer. Caches
+are flushed before every timed run, and the device waits until all of a run is queued, however many launches it takes;
+times are medians in microseconds. An operator that disagrees with its reference is not timed. A table, then one JSON
+line, whose `slower` lists what takes over 2 % longer than torch on the same arguments, and whether the card's table has
+torch do it (kernels/_tuned.py). Exit status 1 when something disagrees or was not reached, with --strict also when
+something is slower and not listed there. Without a CUDA device it says so and succeeds.
 """
 
 import argparse
@@ -40,7 +41,8 @@ SMALL = 256  # the same on a CPU, where no roof is claimed and only the way to i
 COPIED = 2**30  # bytes, and on a CPU
 COPIED_SMALL = 2**22
 FLUSHED = 2**28  # more than any card's L2
-HEAD_START = 500_000  # cycles that the device waits while the host gets ahead of it
+HEAD_START = 500_000  # cycles that the device waits while the host gets ahead of it; as many more as it needs
+LONGEST_START = 2**27  # a function that waits for the device itself never gets ahead
 WARM_UP = 3
 SLOWER = 1.02  # of torch's time, so that noise is no finding
 
@@ -138,21 +140,28 @@ def seconds(
     device: str = DEVICE,
     warm_up: int = WARM_UP,
 ) -> float:
-    """The median of single runs; on a GPU each behind a flush of the caches and a wait that hides the host's work."""
+    """The median of single runs; on a GPU each behind a flush of the caches and a wait that hides the host's work.
+
+    A wait that was over before all was queued is made longer, and the run is not counted.
+    """
     if device == "cpu":
         return statistics.median([host_seconds(function, before) for _ in range(warm_up + repeat)][warm_up:])
     flush = torch.empty(FLUSHED, dtype=torch.int8, device=device)
-    times = []
-    for _ in range(warm_up + repeat):
+    times, wait = [], HEAD_START
+    while len(times) < warm_up + repeat:
         before()
         flush.zero_()
-        torch.cuda._sleep(HEAD_START)
+        torch.cuda._sleep(wait)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         function()
         end.record()
+        late = start.query()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
+        if late and wait < LONGEST_START:
+            wait *= 2
+        else:
+            times.append(start.elapsed_time(end) / 1000)
     return statistics.median(times[warm_up:])
 
 

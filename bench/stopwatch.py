@@ -83,10 +83,13 @@ def biases_unseen():
         yield
 
 
-def time_a_picture(loaded: Loaded, prompt: str, res: int, steps: int, images: int) -> Stopwatch:
+def stopwatch(device: torch.device) -> Stopwatch:
+    return Stopwatch(lambda call, before: seconds(call, REPEAT, before, device.type, WARM_UP))
+
+
+def time_a_picture(watch: Stopwatch, loaded: Loaded, prompt: str, res: int, steps: int, images: int) -> None:
     """Every kind of call of one batch of square pictures, launched one by one and not from graphs."""
     device, side = loaded.device, res // PATCH
-    watch = Stopwatch(lambda call, before: seconds(call, REPEAT, before, device.type, WARM_UP))
     task = Task("generate", side, side, steps, loaded.config.guidance, "constant", 1.0)
     batch = Batch([prompt] * images, [PhiloxNoise(seed) for seed in range(images)])
     graphs = loaded.model.graphs
@@ -96,4 +99,3 @@ def time_a_picture(loaded: Loaded, prompt: str, res: int, steps: int, images: in
             run_batch(loaded, task, batch, None, Stages(watch, device), Watch(lambda event: None, CancelToken(), 0))
     finally:
         graphs.clear()
-    return watch

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kernels._tuned import left_to_torch
 from . import families
 from .budget import bound_of, overhead
 from .choosing import AUTO, Blueprint, choose
@@ -196,6 +197,7 @@ def told(asked: Asked) -> dict[str, Any]:
         "stages": stages,
         "graphs": asdict(graphs) | {"fit": fit_too},
         "workspace_bytes": beside.workspace,
+        "left_to_torch": left_to_torch(asked.card.capability),  # and counted as ours all the same
         "placement": {
             "where": dict(placement.where),
             "bands": list(placement.banded),

@@ -103,6 +103,11 @@ def torch_is_faster(operator: str, arguments: Sequence[Any]) -> bool:
     return bool(listed) and call_class(arguments) in listed
 
 
+def left_to_torch(capability: int) -> dict[str, list[str]]:
+    """By operator, the classes of calls that are torch's on cards of a compute capability (89)."""
+    return {operator: sorted(calls) for operator, calls in _table(capability).get("torch", {}).items()}
+
+
 def call_class(arguments: Sequence[Any]) -> str:
     """Types, rows as in `row_class` by columns of every tensor, flags: "bfloat16 512x1536 2048x1536 True"."""
     words, dtype = [], None

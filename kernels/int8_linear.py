@@ -64,10 +64,22 @@ def int8_linear_ref(
 
 
 def int8_linear_torch(x, x_scale, weight, weight_scale, bias, activation, residual, gate, dtype) -> Tensor:
-    """Exact sums as well: float32 in pieces that cannot round, which is faster than whole numbers on most CPUs."""
+    return finished(
+        whole_product(x, weight).float() * x_scale[..., None] * weight_scale, bias, activation, residual, gate, dtype
+    )
+
+
+def whole_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T of int8 x (..., K) and weight (N, K), exact int32.
+
+    By tensor cores where torch takes the shapes; else float32 in pieces that cannot round, which is also faster than
+    whole numbers on most CPUs.
+    """
+    (n, k), rows = weight.shape, x.reshape(-1, x.shape[-1])
+    if x.is_cuda and len(rows) > 16 and k % 8 == n % 8 == 0:
+        return torch._int_mm(rows.contiguous(), weight.T).view(*x.shape[:-1], n)
     parts = zip(x.split(EXACT, dim=-1), weight.split(EXACT, dim=-1), strict=True)
-    whole = sum(F.linear(a.float(), b.float()).to(torch.int32) for a, b in parts)
-    return finished(whole.float() * x_scale[..., None] * weight_scale, bias, activation, residual, gate, dtype)
+    return sum(F.linear(a.float(), b.float()).to(torch.int32) for a, b in parts)
 
 
 @triton.jit(do_not_specialize=["m", "group"])  # they change from round to round

@@ -1,7 +1,9 @@
 """Time by class of operation beside its roof: the arithmetic with invented measurements, the way with a tiny model."""
 
 import json
-from types import SimpleNamespace
+import os
+import signal
+import time
 
 import pytest
 import torch
@@ -115,12 +117,33 @@ def test_on_a_card_a_tiny_picture_is_judged(tiny_release, capsys, how):
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 def test_a_kernel_that_could_not_be_had_is_a_failure(tiny_release, capsys, monkeypatch):
-    monkeypatch.setattr(classes, "time_a_picture", lambda *how: SimpleNamespace(calls={}, seconds={}))
+    monkeypatch.setattr(classes, "time_a_picture", lambda *how: None)
     monkeypatch.setattr(OPERATORS["unipic::norm"], "broken", "no such thing")
     model = ("--model", str(tiny_release), "--random-weights", "--device", "cpu", "--dtype", "fp32")
     assert classes.main([*model, "--res", "64", "--iters", "2"]) == 1
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["broken"] == {"norm": "no such thing"} and not summary["passed"]
+
+
+def test_what_was_timed_is_told_when_time_is_up(tiny_release, capsys, monkeypatch):
+    def stopped_early(watch, *how):
+        watch.calls.update({PRODUCT: 3, GATE: 1})
+        watch.seconds[PRODUCT] = 2e-3  # and the other was being timed
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(classes, "time_a_picture", stopped_early)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        model = ("--model", str(tiny_release), "--random-weights", "--device", "cpu", "--dtype", "fp32")
+        assert classes.main([*model, "--res", "64", "--iters", "2"]) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    *said, last = capsys.readouterr().out.splitlines()
+    summary = json.loads(last)
+    assert summary["stopped"] and not summary["judged"] and not summary["passed"]
+    assert [row["class"] for row in summary["classes"]] == ["matmul bf16"] and "matmul bf16" in said[1]
+    assert summary["seconds"] == pytest.approx(6e-3)
 
 
 def test_a_tiny_picture_goes_all_the_way(tiny_release, capsys, monkeypatch, tmp_path):

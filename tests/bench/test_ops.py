@@ -93,6 +93,30 @@ def test_the_clock_and_the_roof_run_on_a_cpu_as_well():
     assert all(rate > 0 for rate in ops.measured_roof(1, "cpu").values())
 
 
+def test_nothing_is_timed_before_all_of_it_is_queued(monkeypatch):
+    """A device that has waited long enough for a launch or two, and not for many."""
+    waits, runs = [], []
+
+    class Event:
+        def __init__(self, enable_timing): ...
+
+        def record(self): ...
+
+        def query(self):
+            return waits[-1] < 3 * ops.HEAD_START
+
+        def elapsed_time(self, other):
+            return 1000.0 if self.query() else 2.0
+
+    monkeypatch.setattr(torch, "empty", lambda *size, **how: torch.zeros(1))
+    for name, stand_in in {"Event": Event, "_sleep": waits.append, "synchronize": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    assert ops.seconds(lambda: runs.append(1), 5, warm_up=1) == 2e-3
+    assert waits == [ops.HEAD_START * 2**n for n in (0, 1, 2, 2, 2, 2, 2, 2)] and len(runs) == len(waits)
+    monkeypatch.setattr(Event, "query", lambda self: True)
+    assert ops.seconds(lambda: None, 1, warm_up=0) == 1.0, "what waits for the device is timed all the same"
+
+
 def test_what_a_run_writes_is_undone():
     check = next(c for c in checks("interp") if c.operator.name == "head_step")
     arguments = check.case.make("cpu")

@@ -7,6 +7,7 @@ from unipic_run.cli import main
 from unipic_run.engine.budget import CONTEXT, MARGIN
 from unipic_run.engine.errors import BudgetError, UsageError
 from unipic_run.engine.estimate import estimate
+from unipic_run.kernels import _tuned
 
 GIB = 2**30
 SMALL = {"res": 256, "steps": 2}
@@ -26,6 +27,24 @@ def test_the_command_tells_what_the_function_says(capsys):
     assert [line.split()[0] for line in said.out.splitlines()[:4]] == ["stage", "condition", "sample", "decode"]
     assert "all resident" in said.out and "not measured" in said.err
     assert set(expected["stages"]) == {"condition", "sample", "decode"} and expected["gpu"] == "rtx4090"
+
+
+def test_what_a_card_leaves_to_torch_is_said(capsys, monkeypatch, tmp_path):
+    listed = {"norm": {"bfloat16 512x1536 1536 True": {}, "bfloat16 64x1536 1536 True": {}}, "gated_add": {"x": {}}}
+    table = {"source": "measured", "shared_bytes": 1, "kernels": {}, "torch": listed}
+    (tmp_path / "sm_89.json").write_text(json.dumps(table))
+    monkeypatch.setattr(_tuned, "FOLDER", tmp_path)
+    try:
+        for gpu, said in (("rtx4090", True), ("rtx3060", False)):
+            _tuned.forget()
+            assert main(["plan", "gen", "--res", "256", "--steps", "2", "--gpu", gpu]) == 0
+            assert ("by torch on this card: 3 kinds of norm, gated_add" in capsys.readouterr().out) == said
+        assert estimate("unipic", "gen", **SMALL)["left_to_torch"] == {
+            name: sorted(kinds) for name, kinds in listed.items()
+        }
+    finally:
+        monkeypatch.undo()
+        _tuned.forget()
 
 
 def test_reserved_memory_and_graphs_are_told_beside_the_peak():
