@@ -20,18 +20,18 @@ COLUMNS = 64  # of a program
 
 def keys_off_ref(x, x_scale, weight, weight_scale, bias, begin, end) -> Tensor:
     """On the dequantised operands in float64."""
-    sample = _sample(x.double() * x_scale.double()[..., None])
-    y = -(sample @ (weight.double() * weight_scale.double()[:, None]).T).mean(1)
+    rows = sample(x.double() * x_scale.double()[..., None])
+    y = -(rows @ (weight.double() * weight_scale.double()[:, None]).T).mean(1)
     return _elsewhere(y, bias, begin, end)
 
 
 def keys_off_torch(x, x_scale, weight, weight_scale, bias, begin, end) -> Tensor:
-    sample = _sample(x), _sample(x_scale)
-    y = int8_linear_torch(*sample, weight, weight_scale, None, "none", None, None, torch.float32)
+    rows = sample(x), sample(x_scale)
+    y = int8_linear_torch(*rows, weight, weight_scale, None, "none", None, None, torch.float32)
     return _elsewhere(-y.mean(1), bias, begin, end)
 
 
-def _sample(x: Tensor) -> Tensor:
+def sample(x: Tensor) -> Tensor:
     """Evenly spaced rows of x (B, L, ...)."""
     return x[:, torch.arange(SAMPLE, device=x.device) * x.shape[1] // SAMPLE]
 
