@@ -1,6 +1,7 @@
 """How a picture's time in bf16 and in int8 relates to the arithmetic and to each other, from logs of bench/latency.py.
 
     python bench/targets.py BF16.log INT8.log
+    python bench/targets.py --predict
 
 Both are of `--tasks gen --plan` at 1024x1024. In bf16 a picture may take 1.35 times its multiplications at the rate of
 a large matrix product in the same run; in int8 half of what it takes in bf16. Both are asked of sm_89 cards and told of
@@ -17,9 +18,12 @@ from typing import Any
 import torch
 from unipic_run.bench.checkout import require_this_checkout
 from unipic_run.bench.gpu_summary import last_json
+from unipic_run.engine.estimate import estimate
 
 OVER_ARITHMETIC, OF_BF16 = 1.35, 0.5
 ASKED_OF = (8, 9)  # compute capability
+EIGHT = {"quant": "int8", "attention": "int8-qk"}
+PREDICTED = (("unipic", {}, 6.8), ("deepgen", {}, 8.5), ("deepgen", EIGHT, 3.5))  # seconds of a picture
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,9 +31,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="targets", description="A picture's time in bf16 and int8 against its targets."
     )
-    parser.add_argument("bf16", type=Path, metavar="BF16.log")
-    parser.add_argument("int8", type=Path, metavar="INT8.log")
+    parser.add_argument("bf16", type=Path, nargs="?", metavar="BF16.log")
+    parser.add_argument("int8", type=Path, nargs="?", metavar="INT8.log")
+    parser.add_argument("--predict", action="store_true", help="seconds by the dry run instead")
     options = parser.parse_args(arguments)
+    if options.predict:
+        return told([prediction(*row) for row in PREDICTED], asked=True)
+    if options.int8 is None:
+        parser.error("two logs, or --predict")
     if not torch.cuda.is_available():
         said = "no CUDA device: nothing measured"
         print(f"{said}\n{json.dumps({'bench': 'targets', 'skipped': said})}")
@@ -40,12 +49,24 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"{error}\n{json.dumps({'bench': 'targets', 'passed': False, 'problem': str(error)})}")
         return 2
+    return told(rows, asked)
+
+
+def told(rows: list[dict[str, Any]], asked: bool) -> int:
+    """The exit status."""
     for row in rows:
         met = "met" if row["met"] else "missed" if asked else "above it, which is asked of sm_89 only"
         print(f"{row['target']}: {row['value']:.2f} of {row['limit']:.2f}, {met}")
     passed = not asked or all(row["met"] for row in rows)
     print(json.dumps({"bench": "targets", "asked": asked, "passed": passed, "targets": rows}))
     return 0 if passed else 1
+
+
+def prediction(model: str, how: dict[str, str], limit: float) -> dict[str, Any]:
+    found = estimate(model, "gen", res=1024, gpu="rtx4090", **how)
+    seconds = found["placement"]["seconds"]
+    name = f"{model} in {'int8' if how else 'bf16'}, seconds predicted on {found['gpu']}"
+    return {"target": name, "value": seconds, "limit": limit, "met": seconds <= limit}
 
 
 def picture(log: Path, name: str) -> dict[str, Any]:

@@ -45,3 +45,13 @@ def test_logs_that_do_not_belong_together_are_refused(tmp_path, capsys, monkeypa
     eight = log(tmp_path / "int8.log", 3.0, **({"quant": "int8"} | other))
     assert targets.main([log(tmp_path / "bf16.log", 6.0), eight]) == 2
     assert said in json.loads(capsys.readouterr().out.splitlines()[-1])["problem"]
+
+
+def test_predictions_are_held_to_their_limits(capsys, monkeypatch):
+    def estimate(model, task, res, gpu, quant="none", attention="auto"):
+        return {"gpu": gpu, "placement": {"seconds": 3.4 if (quant, attention) == ("int8", "int8-qk") else 7.0}}
+
+    monkeypatch.setattr(targets, "estimate", estimate)
+    assert targets.main(["--predict"]) == 1, "UniPic's are 6.8"
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["met"] for row in summary["targets"]] == [False, True, True] and not summary["passed"]
