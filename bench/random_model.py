@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from unipic_run.engine import families
+from unipic_run.engine.allocator import grow_segments
 from unipic_run.engine.device import DTYPES, as_device
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.layers.attention import resolve
@@ -41,6 +42,7 @@ def random_engine(
     config = replace(config, image_token=tokens.tokenizer.token_to_id(family.IMAGE), eos_token=NEVER)
     recipe = families.recipe(row.name, quant)
     module = shapes(family, config, recipe, precision, resolve(attention, place, precision))
+    grow_segments(place, str)  # as an engine that is loaded does
     module = module.to_empty(device=place).requires_grad_(False).eval()
     fill(module)
     return Engine(family, module, tokens, f"{model} with random weights", recipe)

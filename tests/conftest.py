@@ -82,6 +82,25 @@ def tiny_engine(tiny_release: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture
+def fails_at() -> type:
+    """fails_at(number): inside, that operation of torch finds no memory; `count` is how many there were."""
+    from torch.overrides import TorchFunctionMode
+
+    class FailsAt(TorchFunctionMode):
+        def __init__(self, at: int | None = None) -> None:
+            super().__init__()
+            self.at, self.count = at, 0
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.count += function.__name__ not in ("__get__", "__set__")  # attributes
+            if self.count == self.at:
+                raise torch.OutOfMemoryError("injected")
+            return function(*args, **(kwargs or {}))
+
+    return FailsAt
+
+
+@pytest.fixture
 def under(tiny_release: Path) -> Iterator[Callable[[int], "Engine"]]:
     """Engines of the tiny model that may take so many bytes of their device, here the CPU."""
     from unipic_run import Engine

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.overrides import TorchFunctionMode
 from unipic_run.engine.errors import BudgetError, HostMemoryError, UnipicWarning
 from unipic_run.engine.graphs import Graphs
 from unipic_run.engine.room import Room
@@ -188,20 +187,6 @@ def test_where_no_smaller_way_is_left_it_says_what_was_tried(under, monkeypatch)
         engine.ask(PHOTO, "what?", **ASKED)
 
 
-class FailsAt(TorchFunctionMode):
-    """Operation number `at` finds no memory."""
-
-    def __init__(self, at=None):
-        super().__init__()
-        self.at, self.count = at, 0
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.count += function.__name__ not in ("__get__", "__set__")  # attributes
-        if self.count == self.at:
-            raise torch.OutOfMemoryError("injected")
-        return function(*args, **(kwargs or {}))
-
-
 SMALL = {
     "pictures": lambda engine: np.asarray(engine.generate("a red fox", res=32, steps=1, seed=5).images[0], int),
     "answers": lambda engine: engine.ask(PHOTO, "what?", res=32, max_new_tokens=3).ids,
@@ -210,25 +195,25 @@ SMALL = {
 
 @pytest.mark.filterwarnings("ignore:out of memory")
 @pytest.mark.parametrize("task", SMALL)
-def test_a_failure_at_any_operation_changes_nothing(under, task):
+def test_a_failure_at_any_operation_changes_nothing(under, fails_at, task):
     """200 points in all: 100 over each request, every second one where parts have to come and go."""
     with ThreadPoolExecutor(1) as pool:  # a fault may hit what ends torch's inference mode, which is a thread's own
-        pool.submit(fail_everywhere, under(2**40), SMALL[task]).result()
+        pool.submit(fail_everywhere, under(2**40), SMALL[task], fails_at).result()
 
 
-def fail_everywhere(engine, run):
+def fail_everywhere(engine, run, fails_at):
     refused = []
     expected = run(engine)
     tight = int(0.6 * engine.placing.placement.peak)
     for turn, budget in enumerate((2**40, tight)):
         engine.placing.budget = budget
         run(engine)
-        with FailsAt() as whole:
+        with fails_at() as whole:
             run(engine)
         for point in range(50):
             engine.placing.budget, at = budget, 1 + (2 * point + turn) * whole.count // 100
             try:
-                with FailsAt(at) as fault:
+                with fails_at(at) as fault:
                     found = run(engine)
             except BudgetError:
                 refused.append(at / whole.count)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -46,6 +47,40 @@ def test_pictures_within_a_bound_are_the_same_bit_for_bit(tiny_release, tmp_path
     assert lines[0].startswith("all resident") and any("streamed" in line for line in lines)
     assert peaks[-1] < peaks[0]
     assert torch.cuda.get_per_process_memory_fraction(device) == 1.0
+
+
+def test_memory_that_runs_out_anywhere_costs_time_alone(tiny_release, tmp_path, monkeypatch, fails_at):
+    """At 20 operations of a request, every second one where parts have to come and go."""
+    monkeypatch.setenv("UNIPIC_RUN_CACHE", str(tmp_path))
+    with (
+        Engine.from_pretrained(tiny_release, device="cuda", dtype="bf16", vram=2) as engine,
+        ThreadPoolExecutor(1) as pool,  # a fault may hit what ends torch's inference mode, which is a thread's own
+    ):
+        pool.submit(fail_at_operations, engine, fails_at).result()
+
+
+def fail_at_operations(engine, fails_at):
+    def run():
+        return np.asarray(engine.generate(**HOW).images[0], int)
+
+    expected, refused = run(), []
+    tight = int(0.6 * engine.placing.placement.peak)
+    for turn, budget in enumerate((2**40, tight)):
+        engine.placing.budget = budget
+        run()
+        with fails_at() as whole:
+            run()
+        for point in range(10):
+            engine.placing.budget, at = budget, 1 + (2 * point + turn) * whole.count // 20
+            try:
+                with fails_at(at):
+                    found = run()
+            except BudgetError:
+                refused.append(at / whole.count)
+                continue
+            assert np.abs(found - expected).max() <= 1, at  # decoding in bands rounds elsewhere
+    assert np.abs(run() - expected).max() <= 1
+    assert all(share > 0.97 for share in refused), "only a picture that is on its way down cannot be made again"
 
 
 def test_a_new_process_measures_cudas_context():
