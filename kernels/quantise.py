@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._device import activate, row_scale, to_int8, walsh_hadamard_rows
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._op import Case, Cost, Operator, launch, tl, triton, unit_rows
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "swiglu")
 LARGEST_GROUP = 128  # columns that R mixes
@@ -114,12 +114,14 @@ def _load(
     return _rotate(y, GROUP) if GROUP > 1 else y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])  # it changes from prompt to prompt
 def _quantise_kernel(
-    x_ptr,  # (N, D) or (N, 2 D), rows x_stride apart
+    x_ptr,  # (G, L, D) or (G, L, 2 D), last dimension contiguous; N = G L
     y_ptr,  # (N, D) contiguous: int8, or x's type
     scale_ptr,  # (N) float32, of int8
-    x_stride,
+    length,  # L
+    x_group,  # strides
+    x_row,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     INT8: tl.constexpr,
@@ -130,7 +132,7 @@ def _quantise_kernel(
     SWIGLU: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * x_stride
+    x_ptr += row // length * x_group + row % length * x_row
     y_ptr += row * D
     at = tl.arange(0, BLOCK)
     if not INT8:
@@ -160,16 +162,17 @@ def _width(x: Tensor, activation: str) -> int:
 
 def _launch(x: Tensor, activation: str, group: int, y: Tensor, scale: Tensor | None) -> None:
     width = _width(x, activation)
-    rows = x.reshape(-1, x.shape[-1])  # a copy only where the rows are not evenly spaced
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    # Of joint attention's output each stream takes its tokens: no copy.
+    rows = unit_rows(x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1]))
     whole = width <= WHOLE_ROW
     launch(
         _quantise_kernel,
-        (len(rows),),
+        (rows.shape[0] * rows.shape[1],),
         rows,
         y,
         y if scale is None else scale,
-        rows.stride(0),
+        rows.shape[1],
+        *rows.stride()[:2],
         D=width,
         BLOCK=triton.next_power_of_2(width) if whole else WHOLE_ROW // 4,
         INT8=scale is not None,
@@ -250,10 +253,12 @@ def quantise_cases() -> list[Case]:
         dtype: torch.dtype = torch.bfloat16,
         spread: int = 1,
         zeros: bool = False,
+        first: int = 0,
     ):
         def arguments(device):
             noise = torch.Generator().manual_seed(0)
             x = torch.randn(*shape[:-1], spread * shape[-1], generator=noise).to(device, dtype)[..., : shape[-1]]
+            x = x[:, first:] if first else x
             return (x.mul_(torch.arange(len(x)).view(-1, 1).to(x)) if zeros else x), activation, group
 
         return arguments
@@ -275,4 +280,5 @@ def quantise_cases() -> list[Case]:
         Case("odd width, rows apart, a row of zeros", make(4, 37, activation="none", spread=2, zeros=True)),
         Case("three dimensions, SwiGLU, float32", make(2, 3, 26, activation="swiglu", dtype=torch.float32)),
         Case("no rows", make(0, 64, activation="silu")),
+        Case("some tokens of each picture", make(3, 5, 64, activation="none", first=2)),
     ]
