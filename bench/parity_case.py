@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from unipic_run.bench.parity_ledger import Ledger
 
-
 # What cases hold that do not say their kind.
 BY_TENSOR = {
     "scb_in": "deepgen",

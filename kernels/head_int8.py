@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._device import moments, row_scale, rounded_to_int8
+from ._device import moments, rounded_to_int8, row_scale
 from ._op import Case, Cost, Operator, launch, tl, triton
 from ._product import GROUP, INSTRUCTION, Tile, check_product, epilogue, product_cost, tile_options, weight_rows
 from ._tuned import Options, dtype_class, row_class, tuned
