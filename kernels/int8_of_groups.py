@@ -8,7 +8,8 @@
 Sums within a group are exact. Each costs an addition and a multiplication then, which a product of 128 int8 operands
 hides at best, and counts as if it did not. No conversion: sums begin at a whole number whose bits are a float's, and
 end as the bits of that float plus the sum.
-Called for the MLPs of 8-bit models (engine/layers/linear.py). Letters: M rows, K inputs, N outputs.
+Called for the MLPs of 8-bit models (engine/layers/linear.py), and behind their language model's attention, whose heads
+are such groups. Letters: M rows, K inputs, N outputs.
 """
 
 from dataclasses import replace
@@ -181,6 +182,8 @@ def int8_linear_of_groups_cases() -> list[Case]:
         Case("LLM down, 8320 rows", make(8320, 8960, 1536, bias=False, residual=True), "aot gpu"),
         Case("LLM down, 400 rows", make(400, 8960, 1536, bias=False, residual=True), "aot gpu"),
         Case("LLM down, 30 rows", make(30, 8960, 1536, bias=False, residual=True), "aot gpu"),
+        Case("LLM o, 8320 rows", make(8320, 1536, 1536, bias=False, residual=True), "aot gpu"),
+        Case("LLM o, 400 rows", make(400, 1536, 1536, bias=False, residual=True), "aot gpu"),
         Case("MAR fc2, 8320 rows", make(8320, 5120, 1280, residual=True), "aot gpu"),
         Case("DiT fc2, a gate a picture", make(8192, 6144, 1536, residual=True, gates=2), "aot gpu"),
         Case("tails of rows and columns", make(19, 384, 37, residual=True, dtype=torch.float32)),
