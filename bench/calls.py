@@ -10,6 +10,8 @@ from unipic_run.engine.graphs import Counts
 
 # From which run of a shape on there is none: engine/graphs.py captures a round when its shape comes a second time.
 SETTLED = {"compile_seconds": (2, "compiled kernels for {:.3g} s"), "captures": (3, "captured {} graphs")}
+CAPTURING = 0.5  # seconds that all graphs of a shape may take to capture
+REPLAYS = 3500  # of a run, at most
 Stages = dict[str, float]  # milliseconds
 
 
@@ -55,10 +57,13 @@ def summed_up(calls: list[Call], warm_up: int) -> dict[str, Any]:
 
 
 def unsettled(calls: list[Call]) -> list[str]:
-    """Which runs of one shape compiled or captured although they should have found everything there."""
-    return [
+    """Which runs of one shape compiled or captured although they should have found everything there, or too much."""
+    found = [
         f"run {number} {said.format(getattr(call, name))}"
         for name, (first, said) in SETTLED.items()
         for number, call in enumerate(calls, 1)
         if number >= first and getattr(call, name)
     ]
+    capturing, replays = sum(call.capture_seconds for call in calls), max(call.replays for call in calls)
+    found += [f"capturing took {capturing:.2g} s, more than {CAPTURING}"] * (capturing > CAPTURING)
+    return found + [f"a run replayed {replays} graphs, more than {REPLAYS}"] * (replays > REPLAYS)

@@ -6,9 +6,10 @@
 --random-weights builds the released architecture (or that of a checkpoint folder) without any weights file. One line
 a task, one JSON line last, also when SIGTERM ends it early: then with what there is. Medians over --repeat runs, after
 two to warm up when there is more than one; peaks are of all runs. What the first run took longer, and what each
-compiled and captured, is told apart: the second run of a shape compiles nothing and the third captures nothing, else
-the exit status is 1. With --plan the JSON also has what the dry run says of FLOP, bytes and launches and, on a GPU, the
-share that each stage reached of the rate of a large matrix product in the same run.
+compiled and captured, is told apart: the second run of a shape compiles nothing, the third captures nothing, and all
+capturing takes at most half a second, else the exit status is 1. With --plan the JSON also has what the dry run says of
+FLOP, bytes and launches and, on a GPU, the share that each stage reached of the rate of a large matrix product in the
+same run.
 """
 
 import argparse

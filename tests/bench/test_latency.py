@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,12 @@ def test_the_first_run_is_told_apart_from_the_second_and_the_others():
 )
 def test_compiling_and_capturing_has_an_end(runs, broken):
     assert len(calls.unsettled(runs)) == broken
+
+
+def test_capturing_is_quick_and_graphs_are_few():
+    slow, many = replace(call(), capture_seconds=0.45), replace(call(), replays=4000)
+    assert calls.unsettled([slow, call()]) == ["capturing took 0.55 s, more than 0.5"]
+    assert calls.unsettled([call(), many]) == ["a run replayed 4000 graphs, more than 3500"]
 
 
 def test_a_run_tells_what_it_compiled_and_captured():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from unipic_run.bench.random_model import any_tokens, architecture
 from unipic_run.engine import families, gpus
-from unipic_run.engine.foreseen import ALL
+from unipic_run.engine.foreseen import ALL, ForeseenGraphs
 from unipic_run.engine.layers.attention import Attention
 from unipic_run.engine.loaded import Loaded
 from unipic_run.engine.meter import Meter
@@ -61,12 +61,15 @@ def test_what_is_done_once_counts_as_often_as_it_runs(load, tiny_release, scheme
 @pytest.mark.parametrize(
     ("how", "seconds"), [((), 6.8), (("int8", "int8-qk"), 2.85)], ids=["bf16", "int8, of which 2.6 are wanted"]
 )
-def test_a_picture_of_the_released_model_within_its_figures(load, how, seconds) -> None:
+def test_a_picture_of_the_released_model_within_its_figures(load, how, seconds, monkeypatch) -> None:
+    run, graphs = ForeseenGraphs.run, []
+    monkeypatch.setattr(ForeseenGraphs, "run", lambda self, *given, **how: graphs.append(1) or run(self, *given, **how))
     task = Task("generate", 64, 64, steps=32, guidance=3.0, cfg_schedule="constant", temperature=1.0)
     plan = dry_run(load(RELEASED, *how), task, BATCH)
     sample = plan.stages["sample"]
     assert 855e12 < sample.flop < 880e12, "about 870 TFLOP are the least there is to do, whatever the precision"
     assert sum(stage.launches for stage in plan.stages.values()) <= 120_000
+    assert 32 < len(graphs) <= 3500, "all of it is launched as so many graphs once they are captured"
     assert sum(plan.seconds(gpus.card("rtx4090")).values()) <= seconds
 
 
