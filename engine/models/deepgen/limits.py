@@ -11,6 +11,7 @@ from ...picture import resize
 from ...request import PATCH
 from ...task import Task
 from ...tokens import Tokens
+from ..context import room_behind
 from .config import DeepGenConfig, DiTConfig
 from .prompts import IMAGE, as_ids, turn, unconditional_turn
 from .vision import MERGE, PIXELS
@@ -110,15 +111,8 @@ def check_question(config: DeepGenConfig, tokens: Tokens, size: tuple[int, int],
 def room_to_answer(config: DeepGenConfig, tokens: Tokens, size: tuple[int, int], question: str, limit: int) -> int:
     """The same, without a word."""
     refuse_special(question)
-    before, _, after = turn("ask", question, 1).partition(IMAGE)
-    room = len(tokens.encode(after)) + limit
-    used = len(tokens.encode(before)) + size[0] // CELL * (size[1] // CELL) + room
-    if used > config.llm.max_positions:
-        raise UsageError(
-            f"picture, question and {limit} new tokens take {used} positions, the model has {config.llm.max_positions}",
-            "use fewer max_new_tokens or a smaller res, or ask something shorter",
-        )
-    return room
+    before, _, after = (tokens.encode(part) for part in turn("ask", question, 1).partition(IMAGE))
+    return room_behind(before, size[0] // CELL * (size[1] // CELL), after, limit, config.llm.max_positions)
 
 
 def refuse_special(text: str) -> None:

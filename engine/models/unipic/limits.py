@@ -9,6 +9,7 @@ from ...picture import fit_area, pad_square
 from ...request import PATCH
 from ...task import Task
 from ...tokens import Tokens
+from ..context import room_behind
 from .config import UniPicConfig
 from .prompts import IMAGE, turn, unconditional_turn
 
@@ -57,16 +58,9 @@ def check_prompts(config: UniPicConfig, tokens: Tokens, task: Task, prompts: Seq
 def check_question(config: UniPicConfig, tokens: Tokens, size: tuple[int, int], question: str, limit: int) -> int:
     """Positions behind the image that a question and its answer may take. Raises UsageError if there are not enough."""
     refuse_placeholder(question)
-    before, _, after = turn("ask", question).partition(IMAGE)
-    room = len(tokens.encode(after)) + limit
+    before, _, after = (tokens.encode(part) for part in turn("ask", question).partition(IMAGE))
     picture = size[0] // PATCH * (size[1] // PATCH) + config.mar.buffer
-    used = len(tokens.encode(before)) + picture + room
-    if used > config.llm.max_positions:
-        raise UsageError(
-            f"picture, question and {limit} new tokens take {used} positions, the model has {config.llm.max_positions}",
-            "use fewer max_new_tokens or a smaller res, or ask something shorter",
-        )
-    return room
+    return room_behind(before, picture, after, limit, config.llm.max_positions)
 
 
 def refuse_placeholder(text: str) -> None:
