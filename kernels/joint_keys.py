@@ -14,7 +14,7 @@ from ._op import Case, Cost, Operator, launch, tl, triton
 from ._product import check_product, dequantised, product_operands, whole_sums
 from .int8_linear import int8_linear_ref, int8_linear_torch
 from .int8_to_joint import WIDTH, normed
-from .keys_off import sample
+from .keys_off import check_sampled, sample
 from .quantise_qkv import SAMPLE
 
 
@@ -103,11 +103,9 @@ def joint_keys_off(
     rest as for int8_linear.
     """
     check_product(x, weight, weight_scale, bias, "none", None, None)
-    if x.dim() != 3 or not x.shape[1] or x_scale.shape != x.shape[:-1] or len(weight) % WIDTH:
-        raise ValueError(
-            f"x {tuple(x.shape)}, x_scale {tuple(x_scale.shape)} and {len(weight)} outputs are not (B, L, K) and "
-            f"(B, L), L > 0, and whole heads of {WIDTH}"
-        )
+    check_sampled(x, x_scale)
+    if len(weight) % WIDTH:
+        raise ValueError(f"{len(weight)} outputs are not whole heads of {WIDTH}")
     if norm.shape != (WIDTH,):
         raise ValueError(f"norm is {tuple(norm.shape)}, not ({WIDTH},)")
     return _joint_keys_off(x, x_scale, weight, weight_scale, bias, norm, eps)

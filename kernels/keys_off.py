@@ -119,9 +119,14 @@ def keys_off(
     for int8_linear.
     """
     check_product(x, weight, weight_scale, bias, "none", None, None)
+    check_sampled(x, x_scale)
+    return _keys_off(x, x_scale, weight, weight_scale, bias, begin, end)
+
+
+def check_sampled(x: Tensor, x_scale: Tensor) -> None:
+    """Raises ValueError for rows of which no sample can be taken."""
     if x.dim() != 3 or not x.shape[1] or x_scale.shape != x.shape[:-1]:
         raise ValueError(f"x {tuple(x.shape)} and x_scale {tuple(x_scale.shape)} are not (B, L, K) and (B, L), L > 0")
-    return _keys_off(x, x_scale, weight, weight_scale, bias, begin, end)
 
 
 def keys_off_cases() -> list[Case]:

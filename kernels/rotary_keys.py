@@ -14,7 +14,7 @@ from ._op import Case, Cost, Operator, launch, tl, triton
 from ._product import check_product, dequantised, halves, product_operands, whole_sums
 from .int8_linear import int8_linear_ref, int8_linear_torch
 from .int8_to_rotary import WIDTH
-from .keys_off import sample
+from .keys_off import check_sampled, sample
 from .quantise_qkv import SAMPLE
 from .rope import rope
 
@@ -122,11 +122,9 @@ def rotary_keys_off(
     (R, L, 64), the rest as for int8_linear.
     """
     check_product(x, weight, weight_scale, bias, "none", None, None)
-    if x.dim() != 3 or not x.shape[1] or x_scale.shape != x.shape[:-1] or len(weight) % WIDTH:
-        raise ValueError(
-            f"x {tuple(x.shape)}, x_scale {tuple(x_scale.shape)} and {len(weight)} outputs are not (R, L, D) and "
-            f"(R, L), L > 0, and whole heads of {WIDTH}"
-        )
+    check_sampled(x, x_scale)
+    if len(weight) % WIDTH:
+        raise ValueError(f"{len(weight)} outputs are not whole heads of {WIDTH}")
     if not cos.shape == sin.shape == (*x.shape[:2], WIDTH // 2):
         raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} are not (R, L, {WIDTH // 2})")
     return _rotary_keys_off(x, x_scale, weight, weight_scale, bias, cos, sin)
