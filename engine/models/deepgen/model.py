@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...graphs import Graphs
 from ...layers.attention import Attention
+from ...layers.linear import table
 from ...layers.qwen2 import Qwen2
 from ...layers.vae import VAEDecoder, VAEEncoder
 from ...layers.vae_bands import decode_in_bands
@@ -78,7 +79,7 @@ class DeepGen(nn.Module):
     def __init__(self, config: Config, attend: Attention) -> None:
         super().__init__()
         self.config, self.graphs = config, Graphs()
-        self.embed = nn.Embedding(config.llm.vocab, config.llm.width)  # tied with the logits
+        self.embed = table(config.llm.vocab, config.llm.width)  # tied with the logits
         self.llm = Qwen2(config.llm, attend, round_inv_freq=False, sections=config.mrope)
         self.vision = VisionTower(config.vision, attend)
         self.connector = Connector(config.connector, config.llm.width, attend)

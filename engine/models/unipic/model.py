@@ -18,7 +18,7 @@ from ....kernels.mar_tokens import select_tokens
 from ...graphs import Graphs
 from ...kv_cache import ROUNDED, KVCache, Prompts
 from ...layers.attention import Attention
-from ...layers.linear import Linear, logits
+from ...layers.linear import Linear, logits, table
 from ...layers.qwen2 import Qwen2
 from ...layers.vae import VAEDecoder, VAEEncoder
 from ...layers.vae_bands import decode_in_bands
@@ -78,7 +78,7 @@ class UniPic(nn.Module):
         self.config, self.graphs = config, Graphs()
         self.vae_encoder = VAEEncoder(config.vae)
         self.vae_decoder = VAEDecoder(config.vae)
-        self.embed = nn.Embedding(config.llm.vocab, config.llm.width)  # tied with the logits
+        self.embed = table(config.llm.vocab, config.llm.width)  # tied with the logits
         self.llm = Qwen2(config.llm, attend, config.round_inv_freq)
         self.mar_encoder = MarEncoder(config.mar, attend)
         self.mar_decoder = MarDecoder(config.mar, attend)
