@@ -161,9 +161,9 @@ class WatchedFamily:
             known = kept(tokens)
             yield tokens
 
-    def look_to_answer(self, model: nn.Module, tokens: Any, pixels: Tensor, *rest: Any, **options: Any) -> KVCache:
+    def look_to_answer(self, model: nn.Module, pixels: Tensor) -> Any:
         self._watch.pixels = kept(pixels)
-        return self._family.look_to_answer(model, tokens, pixels, *rest, **options)
+        return self._family.look_to_answer(model, pixels)
 
     def next_logits(self, *args: Any) -> Tensor:
         logits = self._family.next_logits(*args)

@@ -73,13 +73,13 @@ class Stages(Clock):
 @contextmanager
 def biases_unseen():
     """torch's causal bias is a tensor class of its own, of which none can be made while a dispatch mode looks on."""
-    make = attention.causal_lower_right
+    make = attention.to_the_last_key
 
-    def unseen(*size: int) -> Tensor:
+    def unseen(*how: Any) -> Tensor:
         with _disable_current_modes():
-            return make(*size)
+            return make(*how)
 
-    with patch.object(attention, "causal_lower_right", unseen):
+    with patch.object(attention, "to_the_last_key", unseen):
         yield
 
 

@@ -140,7 +140,11 @@ def measured(
             if driver:  # where the device is the host, its memory holds what is computed as well
                 report |= {"checkpoint_bytes": sizes[folder]}
             if report.get("captures"):  # what graphs keep, and libraries, is beside what a placement counts
-                foreseen = predicted(one, str(folder), gpu)
+                try:
+                    foreseen = predicted(one, str(folder), gpu)
+                except BudgetError as error:
+                    yield name, {"error": f"it ran, and was foreseen not to fit: {error}"}
+                    continue
                 report["predicted_bytes"] += foreseen["graphs"]["kept"] + foreseen["workspace_bytes"]
             yield name, report
 
@@ -156,7 +160,7 @@ def finish(
     """The table, the baseline, the JSON line and the exit status."""
     known = json.loads(path.read_text("utf-8"))["scenarios"] if path.is_file() else {}
     before = {} if options.update else known
-    whole = not options.model and set(options.scenarios) == set(SCENARIOS)
+    whole = wanted.keys() == SCENARIOS.keys()
     errors = [f"{name}: {report['error']}" for name, report in found.items() if "error" in report]
     errors += [f"{name}: not reached before time was up" for name in wanted.keys() - found.keys()]
     errors += [
@@ -172,7 +176,11 @@ def finish(
         kept = kept if whole else known | kept
         write_baseline(path, {"device_name": card.get("name", f"{SIMULATED_ON}, predicted"), "scenarios": kept})
     elif fresh := sorted(fine.keys() - before.keys() if options.simulate or card else ()):
-        complain(f"no baseline in {path.name} for {', '.join(fresh)}: --update makes one")
+        said = f"no baseline in {path.name} for {', '.join(fresh)}: --update makes one"
+        if options.simulate and whole:  # of a card there may be none yet
+            errors.append(said)
+        else:
+            complain(said)
     for text in (*table(rows), *errors):
         complain(text)
     summary = {"bench": "vram", "simulated": options.simulate, "card": card, "baseline": path.name if known else None}

@@ -1,7 +1,9 @@
 """What the driver and the kernel of the system say of a card and of a process, asked from outside while it runs.
 
 NVML is reached by the package nvidia-ml-py, which is optional: where it is missing, or does not list the process (as
-in containers), its figure is not measured and the reason is told. No code here makes a CUDA context.
+in containers), its figure is not measured and the reason is told. It knows the lists of processes, whose records differ
+between drivers; the one number that the engine asks for it asks without a package (engine/nvml.py). No code here makes
+a CUDA context.
 """
 
 import contextlib

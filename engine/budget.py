@@ -79,9 +79,9 @@ def measure_context(device: torch.device) -> None:
 
 def as_vram(text: float | str) -> int:
     """Bytes of `8`, `8GiB` or `7.5`. Raises UsageError."""
-    found = re.fullmatch(r"\s*(\d{1,4}(?:\.\d{1,3})?)\s*(?:g|gb|gib)?\s*", str(text), re.IGNORECASE | re.ASCII)
+    found = re.fullmatch(r"\s*(\d{1,4}(?:\.\d+)?)\s*(?:g|gb|gib)?\s*", str(text), re.IGNORECASE | re.ASCII)
     if not found or float(found[1]) == 0:
-        raise UsageError(f"vram {text!r:.80} is no amount of memory", "give GiB, such as 8 or 7.5")
+        raise UsageError(f"vram {text!r:.80} is no amount of memory", "give GiB, such as 8 or 7.5, or auto")
     return int(float(found[1]) * GIB)
 
 

@@ -1,5 +1,6 @@
 """What a request will take on a card, without weights and without the card: the numbers of `unipic-run plan`."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -14,7 +15,7 @@ from . import families
 from .budget import bound_of, overhead
 from .choosing import AUTO, Blueprint, choose
 from .device import as_dtype, dtype_name
-from .errors import UsageError
+from .errors import UnipicWarning, UsageError
 from .forecast import Forecast
 from .foreseen import ALL, Held
 from .gpus import Card
@@ -143,6 +144,8 @@ def ask_for(
     except ValueError as error:
         raise UsageError(str(error), "choose one of these") from None
     precision, may = as_dtype(dtype, META), bound_of(card, vram)
+    made = task_of(largest, family, config, precision)
+    refuse_too_large(family, config, made, res or config.resolution)
     if quant == AUTO:
         plan = Blueprint(row.name, family, config, RoughTokens(), precision, Attention(attention), largest)
         quant, why = choose(plan, card, overhead(card), may, moving=vram is not None)
@@ -152,8 +155,17 @@ def ask_for(
             raise UsageError(what, "add --quant int8")
     built = weightless(row.name, config, quant, precision, attention)
     forecast = Forecast(Loaded(family, built, RoughTokens(), META), families.recipe(row.name, quant), card)
-    made = task_of(largest, family, config, precision)
     return Asked(model, forecast, made, res or config.resolution, images if made else 1, card, may)
+
+
+def refuse_too_large(family: Verbs, config: Any, task: Task | None, res: int) -> None:
+    """Raise UsageError for what the model has no positions for, as the engine would."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnipicWarning)  # which are about what is made
+        if task is None:
+            family.check_question(config, RoughTokens(), family.question_size(config, (res, res), res), PROMPT, LIMIT)
+        else:
+            family.check_prompts(config, RoughTokens(), task, [PROMPT])
 
 
 def tasks_of(family: Verbs) -> list[str]:

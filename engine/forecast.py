@@ -92,8 +92,9 @@ class Forecast:
 
     def answers(self, size: Size, question: str, limit: int) -> tuple[Stage, ...]:
         """The stages of such a question."""
-        passes = {"condition": 1, "answer": limit}
-        return self._stages(self.answer_plan(size, question, limit), self.loaded.family.needs("ask"), passes)
+        needs = self.loaded.family.needs("ask")
+        passes = dict.fromkeys(needs, 1) | {"answer": limit}
+        return self._stages(self.answer_plan(size, question, limit), needs, passes)
 
     def _how(self) -> dict[str, Any]:
         """What all plans of the model depend on; a card's rates come in later."""

@@ -26,7 +26,7 @@ SOURCES = ("engine/**/*.py", "kernels/**/*.py", "kernels/**/*.json", "quant/**/*
 def kept(shape: dict[str, Any], make: Callable[[], Plan]) -> Plan:
     """The plan that was kept for this shape of request; else it is made and kept."""
     path = path_of(shape)
-    with suppress(OSError, ValueError, TypeError, LookupError):
+    with suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
         return from_json(json.loads(path.read_text("utf-8")))
     text = json.dumps(to_json(make()))
     with suppress(OSError):  # a cache that cannot be written is no reason to fail
@@ -74,7 +74,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 
 def from_json(data: dict[str, Any]) -> Plan:
-    """What `to_json` has told. Raises TypeError, ValueError or KeyError for anything else."""
+    """What `to_json` has told. Raises TypeError, ValueError, AttributeError or LookupError for anything else."""
     calls: Counter[Call] = Counter()
     for stage, kind, precision, *costs, times in data["calls"]:
         calls[Call(stage, kind, precision, "", (), *costs)] = times

@@ -128,10 +128,13 @@ def dry_answer(loaded: Loaded, size: tuple[int, int], question: str, limit: int)
     """The plan of a question about a picture of that size (width, height), answered by `limit` tokens."""
     meter, model, family = Meter(), loaded.model, loaded.family
     ids = family.question_ids(loaded.tokens, question)
-    with torch.inference_mode(), once(meter, model, family.repeated), meter:
+    counted = once(meter, model, family.repeated), by_stack(meter, model, family.stacks)
+    with torch.inference_mode(), counted[0], counted[1], meter:
+        meter.stage = "look"
+        seen = family.look_to_answer(model, torch.empty(1, 3, *reversed(size), dtype=loaded.dtype, device=META))
         meter.stage = "condition"
-        pixels = torch.empty(1, 3, *reversed(size), dtype=loaded.dtype, device=META)
-        cache = family.look_to_answer(model, loaded.tokens, pixels, spare=len(ids) + limit)
+        cache = family.read_image(model, loaded.tokens, seen, spare=len(ids) + limit)
+        del seen
         meter.stage = "answer"
         family.next_logits(model, cache, ids)
         _, token = meter.span(lambda: family.next_logits(model, cache, ids[:1]))

@@ -56,7 +56,8 @@ class Reader:
     def _ids(self, request: AskRequest, cancel: CancelToken, given: tuple[int, ...]) -> Iterator[int]:
         """Those behind the ones that were given, which the model reads again one by one as when it chose them."""
         if self.cache is None:
-            self._look()
+            cancel.check()
+            self._look(cancel)
         config, start = self.model.config, self.cache.length
         ids = decode_text(
             lambda ids: self.family.next_logits(self.model, self.cache, ids),
@@ -85,13 +86,17 @@ class Reader:
             self.cache.cut(start)
 
     @true_float32()
-    def _look(self) -> None:
+    def _look(self, cancel: CancelToken) -> None:
         loaded = self.room.loaded
+        with self.clock.stage("look"):
+            loaded.placed.enter("look")
+            picture = self.family.question_picture(self.image, self.size)
+            pixels = to_pixels(picture, loaded.dtype, cast_first=True).to(loaded.device)
+            seen = self.family.look_to_answer(self.model, pixels)
+        cancel.check()
         with self.clock.stage("condition"):
             loaded.placed.enter("condition")
-            seen = self.family.question_picture(self.image, self.size)
-            pixels = to_pixels(seen, loaded.dtype, cast_first=True).to(loaded.device)
-            self.cache = self.family.look_to_answer(self.model, self.tokens, pixels, spare=self.spare)
+            self.cache = self.family.read_image(self.model, self.tokens, seen, spare=self.spare)
 
 
 def answer_all(

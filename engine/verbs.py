@@ -52,7 +52,7 @@ class Verbs(Protocol):
 
     def build(self, config: Any, attend: Attention | None = None) -> nn.Module: ...
     def needs(self, kind: str) -> Mapping[str, Sequence[str]]:
-        """Stage -> the parts of the model that it runs, in the order of the stages; of a question condition, answer."""
+        """Stage -> the parts that it runs, in the order of the stages; of a question look, condition and answer."""
 
     # Pictures.
     def condition(self, model: Any, tokens: Tokens, task: Task, batch: Batch, reuse: Any = None) -> Any: ...
@@ -67,7 +67,12 @@ class Verbs(Protocol):
         """The shape of what `sample` yields."""
 
     # Questions, of a family that has the kind: one cache with the picture, continued by a question and its answer.
-    def look_to_answer(self, model: Any, tokens: Tokens, pixels: Tensor, spare: int) -> Any: ...
+    def look_to_answer(self, model: Any, pixels: Tensor) -> Any:
+        """The stage `look` of a question: what the language model reads of the picture."""
+
+    def read_image(self, model: Any, tokens: Tokens, seen: Any, spare: int = 0) -> Any:
+        """The stage `condition`: a cache of it, with room for `spare` positions."""
+
     def question_ids(self, tokens: Tokens, question: str) -> list[int]: ...
     def next_logits(self, model: Any, cache: Any, ids: Sequence[int]) -> Tensor: ...
     def question_size(self, config: Any, size: Size, res: int) -> Size: ...

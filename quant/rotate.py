@@ -36,12 +36,20 @@ def hadamard(order: int) -> Tensor:
     """(order, order) float32 of +1 and -1 with H H^T = order I, by either of Paley's constructions: order - 1 is a
     prime that leaves 3 modulo 4, or order / 2 - 1 one that leaves 1. Raises ValueError for other orders.
     """
-    if order % 4 == 0 and _prime(order - 1):
+    if _skew(order):
         return _conference(order - 1) + torch.eye(order)
-    if order % 4 == 0 and order % 8 and _prime(order // 2 - 1):
+    if _symmetric(order):
         whole, half = torch.tensor([[1.0, 1.0], [1.0, -1.0]]), torch.tensor([[1.0, -1.0], [-1.0, -1.0]])
         return torch.kron(_conference(order // 2 - 1), whole) + torch.kron(torch.eye(order // 2), half)
     raise ValueError(f"order {order} has no Paley construction here: {order - 1} or {order / 2 - 1:g} must be a prime")
+
+
+def _skew(order: int) -> bool:
+    return order % 4 == 0 and _prime(order - 1)
+
+
+def _symmetric(order: int) -> bool:
+    return order % 8 == 4 and _prime(order // 2 - 1)
 
 
 def _prime(q: int) -> bool:
@@ -64,7 +72,7 @@ def factors(width: int) -> tuple[int, int]:
     """(m, p) with width = m p, p a power of two and m the least order of a Hadamard matrix. Raises ValueError."""
     odd = width // (width & -width)
     for m in (odd, 4 * odd, 8 * odd):
-        if width % m == 0 and (m == 1 or _constructible(m)):
+        if width % m == 0 and (m == 1 or _skew(m) or _symmetric(m)):
             return m, width // m
     raise ValueError(
         f"width {width} has no Hadamard matrix here: {odd} times 4 or 8 must be one more than a prime, or twice that"
@@ -104,19 +112,12 @@ def _signs(width: int) -> Tensor:
     return 1.0 - 2.0 * ((torch.arange(width) * 2654435761) >> 16 & 1)
 
 
-def _constructible(order: int) -> bool:
-    try:
-        return hadamard(order) is not None
-    except ValueError:
-        return False
-
-
 class RotatedEmbedding(nn.Embedding):
     """A table E' = E Q, which is the logits matrix as well; `mix` (D, D) is what then stands between."""
 
     def __init__(self, rows: int, width: int) -> None:
         factors(width)  # refuses a width that has no rotation
-        super().__init__(rows, width)
+        super().__init__(rows, width, _weight=torch.empty(rows, width))  # to draw it torch would load its compiler
         self.mix = nn.Parameter(torch.empty(width, width))
 
     def logits(self, x: Tensor) -> Tensor:

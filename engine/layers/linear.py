@@ -10,6 +10,7 @@ Anything else that is a module, such as a layer of bitsandbytes, is called as it
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...kernels.gate import gated_add, swiglu
@@ -110,6 +111,11 @@ def linear_each(x: Tensor, layers: Iterable[nn.Module]) -> Iterator[Tensor]:
             yield layer.of_whole(*whole, x.dtype)
         else:
             yield layer(x)
+
+
+def table(words: int, width: int) -> nn.Embedding:
+    """Of embedded words, without values: to draw them, even on the meta device, torch would load its compiler."""
+    return nn.Embedding.from_pretrained(torch.empty(words, width), freeze=False)
 
 
 def logits(x: Tensor, table: nn.Embedding) -> Tensor:

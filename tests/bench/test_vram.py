@@ -7,6 +7,7 @@ import pytest
 import torch
 from unipic_run.bench import vram, vram_gates, vram_measured, vram_watch
 from unipic_run.bench.vram_scenarios import SCENARIOS, Scenario, changed
+from unipic_run.engine.errors import BudgetError
 
 MIB, GIB = 2**20, 2**30
 CARD = {"name": "NVIDIA GeForce RTX 4090", "uuid": "1-2", "total_bytes": 24 * GIB}
@@ -66,8 +67,12 @@ def test_a_scenario_that_no_longer_exists_must_leave_the_baseline(tmp_path, monk
     monkeypatch.setattr(vram, "estimate", lambda *_, **__: {"placement": placement})
     (tmp_path / "simulated.json").write_text(json.dumps({"scenarios": {"old": {}}}))
     arguments = ["--simulate", "--baselines", str(tmp_path)]
-    assert vram.main(arguments) == 1 and last(capsys)["errors"][0].startswith("old: in the baseline")
-    assert vram.main([*arguments, "--update"]) == vram.main(arguments) == 0
+    assert vram.main(arguments) == 1
+    gone, new = last(capsys)["errors"]
+    assert gone.startswith("old: in the baseline") and new.startswith("no baseline in simulated.json for small")
+    assert vram.main([*arguments, "--update"]) == vram.main(arguments) == vram.main([*arguments, "--res", "512"]) == 0
+    assert vram.main([*arguments, "--res", "512", "--update"]) == 0
+    assert {*json.loads((tmp_path / "simulated.json").read_text())["scenarios"]} == {"small", "small@512"}
 
 
 # ---- the way of a GPU, through stand-ins
@@ -143,6 +148,15 @@ def test_refuses_to_measure_beside_others(gpu, driver, capsys):
         gpu([], "--shared", "--update")
     driver(hidden=2 * GIB)
     assert gpu([]) == 2
+
+
+def test_what_ran_but_was_foreseen_not_to_fit_fails(gpu, monkeypatch, capsys):
+    def refuses(*_):
+        raise BudgetError("2.10 GiB of GPU memory are the least this takes")
+
+    monkeypatch.setattr(vram, "predicted", refuses)
+    assert gpu([told()] * 3) == 1
+    assert "foreseen not to fit: 2.10 GiB" in last(capsys)["errors"][0]
 
 
 def test_a_run_that_went_on_in_less_memory_fails(gpu, capsys):

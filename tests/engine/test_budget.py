@@ -24,6 +24,7 @@ MIB = 2**20
 
 def test_amounts_of_memory():
     assert as_vram("8") == as_vram("8GiB") == as_vram(8) == 8 * 2**30 and as_vram("7.5 gb") == int(7.5 * 2**30)
+    assert as_vram(0.9 * 23.6) == int(21.24 * 2**30), "a number that was computed"
     for wrong in ("", "0", "-1", "8 MiB", "1e3", "all"):
         with pytest.raises(UsageError, match="no amount of memory"):
             as_vram(wrong)

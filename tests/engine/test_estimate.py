@@ -96,5 +96,8 @@ def test_what_cannot_be_planned_is_refused():
         estimate("unipic", "gen", **SMALL, gpu="rtx 9999")
     with pytest.raises(UsageError, match=r"no plan for .paint"):
         estimate("unipic", "paint", **SMALL)
+    for task in ("gen", "edit", "ask"):  # before a dry run of minutes
+        with pytest.raises(UsageError, match="the model has 32768"):
+            estimate("unipic", task, res=4096)
     with pytest.raises(UsageError, match="nothing is known of a model"):
         estimate("flux", "gen", **SMALL)

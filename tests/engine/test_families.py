@@ -2,13 +2,13 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from unipic_run import Engine
 from unipic_run.engine import families
-from unipic_run.engine.models.unipic.model import new_cache
 from unipic_run.engine.noise import PhiloxNoise
 from unipic_run.engine.request import FITS, POSTERIORS
 from unipic_run.engine.task import Batch, Task
@@ -16,6 +16,7 @@ from unipic_run.engine.verbs import Verbs
 
 ANSWERING = (
     "look_to_answer",
+    "read_image",
     "question_ids",
     "next_logits",
     "question_size",
@@ -42,6 +43,7 @@ def test_stages_in_front_of_the_first_step_are_verbs(name: str) -> None:
         stages, last = [*module.needs(kind)], ["answer"] if kind == "ask" else ["sample", "decode"]
         before = stages[: -len(last)]
         assert stages[-len(last) :] == last and before[-1] == "condition"
+        assert kind != "ask" or before == ["look", "condition"]
         for stage in before if kind != "ask" else ():
             assert len(inspect.signature(getattr(module, stage)).parameters) == 5, stage
     assert set(module.fits) <= set(FITS) and module.most_sources >= 1
@@ -59,20 +61,33 @@ def parts_that_run(model: torch.nn.Module, work: Callable[[], Any]) -> tuple[set
             hook.remove()
 
 
-def test_needs_are_the_parts_that_run(tiny_engine: Engine) -> None:
+@pytest.mark.parametrize("kind", ["generate", "edit", "inpaint"])
+def test_needs_are_the_parts_that_run(kind: str, tiny_engine: Engine) -> None:
     """Residency relies on it. Hooks see calls of a part itself, not of the methods `llm.extend` and `head.sample`."""
     family, model, tokens = tiny_engine.loaded.family, tiny_engine.loaded.model, tiny_engine.loaded.tokens
-    needs = {stage: set(parts) for stage, parts in family.needs("edit").items()}
-    task = Task("edit", 4, 4, 2, 3.0, "constant", 1.0, sources=(torch.zeros(1, 3, 64, 64),))
-    batch = Batch(["a cat"], [PhiloxNoise(1)])
+    needs = {stage: set(parts) for stage, parts in family.needs(kind).items()}
+    sources = () if kind == "generate" else (torch.zeros(1, 3, 64, 64),)
+    cells = torch.ones(4, 4, dtype=torch.bool) if kind == "inpaint" else None
+    task = Task(kind, 4, 4, 2, 3.0, "constant", 1.0, sources=sources, cells=cells)
+    batch, state = Batch(["a cat"], [PhiloxNoise(1)]), None
     rounds = family.schedule(model.config, task, batch)
 
-    ran, conditions = parts_that_run(model, lambda: family.condition(model, tokens, task, batch))
-    assert ran | {"llm"} == needs["condition"]
-    ran, latents = parts_that_run(model, lambda: list(family.sample(model, conditions, task, batch, rounds))[-1])
+    for stage in [*needs][:-2]:
+        verb = partial(getattr(family, stage), model, tokens, task, batch, state)
+        ran, state = parts_that_run(model, verb)
+        assert ran | ({"llm"} if stage == "condition" else set()) == needs[stage], stage
+    ran, latents = parts_that_run(model, lambda: list(family.sample(model, state, task, batch, rounds))[-1])
     assert ran | {"head"} == needs["sample"]
     ran, _ = parts_that_run(model, lambda: family.decode(model, latents, 4, 4))
     assert ran == needs["decode"]
-    cache = new_cache(model, 2, model.embed.weight)
+
+
+def test_of_a_question_too(tiny_engine: Engine) -> None:
+    family, model, tokens = tiny_engine.loaded.family, tiny_engine.loaded.model, tiny_engine.loaded.tokens
+    needs = {stage: set(parts) for stage, parts in family.needs("ask").items()}
+    ran, seen = parts_that_run(model, lambda: family.look_to_answer(model, torch.zeros(1, 3, 64, 64)))
+    assert ran == needs["look"]
+    ran, cache = parts_that_run(model, lambda: family.read_image(model, tokens, seen, spare=2))
+    assert ran | {"llm"} == needs["condition"]
     ran, _ = parts_that_run(model, lambda: family.next_logits(model, cache, [1, 2]))
-    assert ran | {"llm"} == set(family.needs("ask")["answer"])
+    assert ran | {"llm"} == needs["answer"]

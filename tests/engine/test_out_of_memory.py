@@ -72,7 +72,9 @@ def test_pictures_go_on_in_less_and_no_preview_comes_twice(tiny_engine, under, m
     assert sum(len(event.images) for event in events) == 2 and len(made.settings) == 2
 
 
-@pytest.mark.parametrize(("name", "at"), [("look_to_answer", [1]), ("next_logits", [1]), ("next_logits", [3, 6])])
+@pytest.mark.parametrize(
+    ("name", "at"), [("look_to_answer", [1]), ("read_image", [1]), ("next_logits", [1]), ("next_logits", [3, 6])]
+)
 def test_answers_go_on_behind_what_was_given(tiny_engine, under, monkeypatch, name, at):
     asked = {"temperature": 1.0, **ASKED}
     questions = ["what is this?", "and that?"]
@@ -83,7 +85,7 @@ def test_answers_go_on_behind_what_was_given(tiny_engine, under, monkeypatch, na
     with going_on(len(at)):
         answers = engine.ask(PHOTO, questions, **asked)
     assert [answer.ids for answer in answers] == expected and len(expected[0]) == 6
-    assert all({"condition", "answer"} == set(answer.timings) for answer in answers)
+    assert all({"look", "condition", "answer"} == set(answer.timings) for answer in answers)
 
 
 def test_a_stream_says_nothing_twice(tiny_engine, under, monkeypatch):
@@ -96,7 +98,7 @@ def test_a_stream_says_nothing_twice(tiny_engine, under, monkeypatch):
     assert any(asked < 7 for asked, _ in pieces) and any(asked > 7 for asked, _ in pieces), "before and after"
 
 
-@pytest.mark.parametrize("name", ["condition", "look_to_answer"])
+@pytest.mark.parametrize("name", ["condition", "look_to_answer", "read_image"])
 def test_nothing_of_what_failed_is_held_when_weights_move(under, monkeypatch, name):
     engine, made, alive = under(2**40), [], []
     family, less = engine.loaded.family, engine.placing.less

@@ -1,5 +1,8 @@
 """The dry run: equal to a run that counts every step, and the released model's figures."""
 
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
 
 import pytest
@@ -31,6 +34,22 @@ def load(tiny_release):
         return Loaded(family, shapes(family, config, recipe, torch.bfloat16, Attention(attention)), tokens, META)
 
     return get
+
+
+def test_shapes_and_attention_leave_torchs_compiler_where_it_is() -> None:
+    """It takes seconds to load, at the start of every run. Operations on the meta device, of a dry run, do load it."""
+    code = """
+        import sys, torch
+        from unipic_run.engine.estimate import ask_for
+        from unipic_run.kernels.attention import attention
+        for model in ("unipic", "deepgen"):
+            for quant in ("none", "int8"):
+                ask_for(model, "gen", quant=quant)
+        with torch.inference_mode():
+            attention(*(torch.zeros(1, 2, length, 16) for length in (3, 5, 5)), causal=True)
+        sys.exit("torch._dynamo" in sys.modules)
+    """
+    subprocess.run([sys.executable, "-P", "-c", textwrap.dedent(code)], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("scheme", ["none", "int8"])

@@ -193,7 +193,8 @@ def test_questions_go_to_the_output_layer(models: Mapping[str, Model]) -> None:
     pixels = torch.rand(1, 3, 56, 84) * 2 - 1
     with torch.inference_mode():
         ids = model.family.question_ids(model.tokens, "how many?")
-        caches = [model.family.look_to_answer(model.module, model.tokens, pixels, len(ids)) for _ in range(2)]
+        seen = model.family.look_to_answer(model.module, pixels)
+        caches = [model.family.read_image(model.module, model.tokens, seen, len(ids)) for _ in range(2)]
         found = model.family.next_logits(model.module, caches[0], ids)
         close(found, deepgen.next_logits(model.module, caches[1], ids))
 

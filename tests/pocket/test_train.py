@@ -103,7 +103,8 @@ def test_training_sees_what_sampling_sees(random_model, tokens, kind):
     rounds = reveal_rounds(torch.stack([each.order(GRID**2) for each in noises]), GRID, GRID, task.steps)
     known = torch.randn(len(PROMPTS), GRID**2, 16, generator=noise)
     with torch.inference_mode():
-        given = family.condition(model, tokens, task, Batch(PROMPTS, noises))
+        seen = None if pixels is None else family.look(model, tokens, task, Batch(PROMPTS, noises))
+        given = family.condition(model, tokens, task, Batch(PROMPTS, noises), seen)
         sampler = family.Sampler(model, given.rows, given.source and given.source.x_con, task, noises)
         sources = None if pixels is None else given.source.latents.expand(len(PROMPTS), -1, -1)
         words = words_of(tokens, [turn(kind, prompt) for prompt in PROMPTS])

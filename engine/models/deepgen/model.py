@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...graphs import Graphs
 from ...layers.attention import Attention
+from ...layers.linear import table
 from ...layers.qwen2 import Qwen2
 from ...layers.vae import VAEDecoder, VAEEncoder
 from ...layers.vae_bands import decode_in_bands
@@ -61,7 +62,7 @@ repeated = (
 def needs(kind: str) -> dict[str, tuple[str, ...]]:
     """Stage by stage, the parts that it runs."""
     if kind == "ask":
-        return {"condition": ("embed", "vision", "llm"), "answer": ("embed", "llm")}
+        return {"look": ("vision",), "condition": ("embed", "llm"), "answer": ("embed", "llm")}
     source = ("vision", "vae_encoder") if kind == "edit" else ()
     return {
         "look": ("embed", "connector", *source),  # of the connector the queries
@@ -78,7 +79,7 @@ class DeepGen(nn.Module):
     def __init__(self, config: Config, attend: Attention) -> None:
         super().__init__()
         self.config, self.graphs = config, Graphs()
-        self.embed = nn.Embedding(config.llm.vocab, config.llm.width)  # tied with the logits
+        self.embed = table(config.llm.vocab, config.llm.width)  # tied with the logits
         self.llm = Qwen2(config.llm, attend, round_inv_freq=False, sections=config.mrope)
         self.vision = VisionTower(config.vision, attend)
         self.connector = Connector(config.connector, config.llm.width, attend)
@@ -270,14 +271,19 @@ def decode(model: DeepGen, latents: Tensor, rows: int, columns: int, bands: bool
     return pixels.permute(0, 2, 3, 1)
 
 
-def look_to_answer(model: DeepGen, tokens: Tokens, pixels: Tensor, spare: int) -> PictureCache:
-    """The cache of a picture (1, 3, H, W), sides multiples of 28, with room for `spare` positions behind it."""
+def look_to_answer(model: DeepGen, pixels: Tensor) -> tuple[Tensor, Grid]:
+    """LLM inputs (tokens, H) of a picture (1, 3, H, W), sides multiples of 28, and its grid of them."""
     x, rows, columns = as_patches(pixels)
-    c, grid = model.config, (rows // model.config.vision.merge, columns // model.config.vision.merge)
+    merge = model.config.vision.merge
+    return model.vision(x, rows, columns), (rows // merge, columns // merge)
+
+
+def read_image(model: DeepGen, tokens: Tokens, seen: tuple[Tensor, Grid], spare: int = 0) -> PictureCache:
+    """The cache of a picture that was looked at, with room for `spare` positions behind it."""
+    c, (features, grid) = model.config, seen
     before = SYSTEM + TURN.partition("{}")[0] + PICTURE
-    features = model.vision(x, rows, columns)
-    row, like = Row(as_ids(tokens, before, c.image_token, [grid]), [features], [grid]), features
-    capacity = len(row.ids) + spare
+    row = Row(as_ids(tokens, before, c.image_token, [grid]), [features], [grid])
+    capacity, like = len(row.ids) + spare, features
     cache = PictureCache(c.llm.layers, c.llm.kv_heads, capacity, c.llm.head_dim, like.dtype, like.device)
     conditioner.prefill(model.llm, model.embed, row, c.image_token, cache)
     return cache

@@ -1,14 +1,14 @@
-"""UniPic 1.0 (arXiv 2508.03320): a masked autoregressive image model around an LLM, as three verbs and one module.
+"""UniPic 1.0 (arXiv 2508.03320): a masked autoregressive image model around an LLM, as verbs and one module.
 
-`condition` turns prompts (and a source image) into LLM caches, `sample` reveals latent tokens round by round,
-`decode` makes pixels. `needs` says which parts each of them touches.
+`look` encodes a source image, `condition` turns it and the prompts into LLM caches, `sample` reveals latent tokens
+round by round, `decode` makes pixels. `needs` says which parts each runs: who looks has left when the LLM reads.
 
 Letters: B images, R guidance rows (B, or 2B with guidance: conditional rows first), n grid tokens, V visible tokens,
 N tokens predicted in a round, D MAR width, H LLM width, S prompt length.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from ....kernels.mar_tokens import select_tokens
 from ...graphs import Graphs
 from ...kv_cache import ROUNDED, KVCache, Prompts
 from ...layers.attention import Attention
-from ...layers.linear import Linear, logits
+from ...layers.linear import Linear, logits, table
 from ...layers.qwen2 import Qwen2
 from ...layers.vae import VAEDecoder, VAEEncoder
 from ...layers.vae_bands import decode_in_bands
@@ -51,12 +51,12 @@ most_sources = 1
 
 def needs(kind: str) -> dict[str, tuple[str, ...]]:
     """Stage by stage, the parts that it runs."""
-    source = () if kind == "generate" else ("vae_encoder", "mar_encoder", "proj_in")
-    condition = (*source, "embed", "llm")
+    encoders = ("vae_encoder",) if kind == "inpaint" else ("vae_encoder", "mar_encoder", "proj_in")
+    before = ({} if kind == "generate" else {"look": encoders}) | {"condition": ("embed", "llm")}
     if kind == "ask":
-        return {"condition": condition, "answer": ("embed", "llm")}
+        return before | {"answer": ("embed", "llm")}
     sample = ("mar_encoder", "proj_in", "llm", "proj_out", "mar_decoder", "head")
-    return {"condition": condition, "sample": sample, "decode": ("vae_decoder",)}
+    return before | {"sample": sample, "decode": ("vae_decoder",)}
 
 
 # Costs the same for equal shapes, so a dry run looks once: modules with * for a layer's number, method.
@@ -78,7 +78,7 @@ class UniPic(nn.Module):
         self.config, self.graphs = config, Graphs()
         self.vae_encoder = VAEEncoder(config.vae)
         self.vae_decoder = VAEDecoder(config.vae)
-        self.embed = nn.Embedding(config.llm.vocab, config.llm.width)  # tied with the logits
+        self.embed = table(config.llm.vocab, config.llm.width)  # tied with the logits
         self.llm = Qwen2(config.llm, attend, config.round_inv_freq)
         self.mar_encoder = MarEncoder(config.mar, attend)
         self.mar_decoder = MarDecoder(config.mar, attend)
@@ -139,12 +139,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Conditions:
-    """Prompt caches of a batch. `prompts` maps each distinct text to its cache, `rows` lists them in row order."""
+    """What is known of a task. `prompts` maps each distinct text to its cache, `rows` lists a batch's in row order."""
 
-    prompts: dict[str, KVCache]
-    rows: tuple[tuple[KVCache, int], ...]
-    source: Source | None
-    seen: KVCache | None  # the part all prompts of an edit share: the turn's start and the image
+    source: Source | None = None
+    seen: KVCache | None = None  # the part all prompts of an edit share: the turn's start and the image
+    prompts: dict[str, KVCache] = field(default_factory=dict)
+    rows: tuple[tuple[KVCache, int], ...] = ()
 
 
 def encode(model: UniPic, pixels: Tensor) -> Source:
@@ -160,45 +160,44 @@ def encode_latents(model: UniPic, pixels: Tensor) -> Tensor:
     return mean.flatten(2).transpose(1, 2) * model.config.vae_scale
 
 
+def look(model: UniPic, tokens: Tokens, task: Task, batch: Batch, reuse: Conditions | None = None) -> Conditions:
+    """Encode the source of an edit; an earlier batch of the task has done that."""
+    if reuse:
+        return reuse
+    (pixels,) = task.sources
+    return Conditions(Source(encode_latents(model, pixels)) if task.kind == "inpaint" else encode(model, pixels))
+
+
 def condition(model: UniPic, tokens: Tokens, task: Task, batch: Batch, reuse: Conditions | None = None) -> Conditions:
-    """Prefill each distinct prompt once, without pads; prompts of `reuse` (an earlier batch of the task) are kept."""
-    source, seen = (reuse.source, reuse.seen) if reuse else look(model, tokens, task)
+    """Prefill the image once, and each distinct prompt once, without pads; what `reuse` has of them is kept."""
+    reuse = reuse or Conditions()
+    source, seen = reuse.source, reuse.seen
+    if task.kind == "edit" and seen is None:
+        seen = read_image(model, tokens, source.features)
     texts = [turn(task.kind, prompt) for prompt in batch.prompts]
     if task.guidance != 1.0:
         texts += [unconditional_turn(task.kind, task.negative)] * len(texts)
-    known = reuse.prompts if reuse else {}
     prompts: dict[str, KVCache] = {}
     rows: list[tuple[KVCache, int]] = []
     for text in texts:
         if text not in prompts:
-            prompts[text] = known.get(text) or prefill(model, tokens, text, seen)
+            prompts[text] = reuse.prompts.get(text) or prefill(model, tokens, text, seen)
         cache = prompts[text]
         if rows and rows[-1][0] is cache:
             rows[-1] = (cache, rows[-1][1] + 1)
         else:
             rows.append((cache, 1))
-    return Conditions(prompts, tuple(rows), source, seen)
+    return Conditions(source, seen, prompts, tuple(rows))
 
 
-def look(model: UniPic, tokens: Tokens, task: Task) -> tuple[Source | None, KVCache | None]:
-    """The source of an edit, and the LLM's cache of the prompt up to and with the image."""
-    if not task.sources:
-        return None, None
-    (pixels,) = task.sources
-    if task.kind == "inpaint":
-        return Source(encode_latents(model, pixels)), None
-    source = encode(model, pixels)
-    return source, read_image(model, tokens, source.features)
-
-
-def read_image(model: UniPic, tokens: Tokens, features: Tensor, spare: int = 0) -> KVCache:
-    """Prefill a turn's start and the image (1, n + buffer, H), which every prompt about it shares.
+def read_image(model: UniPic, tokens: Tokens, seen: Tensor, spare: int = 0) -> KVCache:
+    """Prefill a turn's start and the image (1, n + buffer, H), which every prompt and question about it shares.
 
     `spare` positions are left for what follows.
     """
     start = tokens.encode(turn("edit", "").partition(IMAGE)[0])
-    x = torch.cat([model.embed(as_row(start, model.embed.weight)), features], dim=1)
-    cache = new_cache(model, x.shape[1] + spare, features)
+    x = torch.cat([model.embed(as_row(start, model.embed.weight)), seen], dim=1)
+    cache = new_cache(model, x.shape[1] + spare, seen)
     model.llm.extend(x, cache)
     return cache
 
@@ -216,9 +215,9 @@ def as_row(ids: Sequence[int], like: Tensor) -> Tensor:
     return torch.tensor([ids], device=like.device)
 
 
-def look_to_answer(model: UniPic, tokens: Tokens, pixels: Tensor, spare: int) -> KVCache:
-    """The cache of an image about which questions follow, with room for `spare` positions."""
-    return read_image(model, tokens, encode(model, pixels).features, spare)
+def look_to_answer(model: UniPic, pixels: Tensor) -> Tensor:
+    """LLM inputs (1, n + buffer, H) of an image about which questions follow."""
+    return encode(model, pixels).features
 
 
 def question_ids(tokens: Tokens, question: str) -> list[int]:

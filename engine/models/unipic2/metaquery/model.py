@@ -30,6 +30,7 @@ from ...deepgen.model import (  # noqa: F401 (the engine asks the family)
     look_to_answer,
     lookups,
     question_ids,
+    read_image,
     repeated,
     rows_of,
     sample,
