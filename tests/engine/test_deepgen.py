@@ -137,7 +137,7 @@ def test_a_smaller_budget_moves_more_and_changes_nothing(engine):
             lines.append(bounded.placing.line)
             assert away(made, expected) <= 1, lines[-1]
             budgets.append(bounded.placing.placement.peak - 1)
-        assert len(lines) >= 3 and "streamed" in lines[-1], lines
+        assert len(lines) >= 3 and "modulation" in lines[-1].partition(" streamed")[0], lines
         bounded.placing.budget = budgets[-2]
         how = {"res": 64, "max_new_tokens": 3}
         assert bounded.ask(photo(), "what?", **how).ids == engine.ask(photo(), "what?", **how).ids

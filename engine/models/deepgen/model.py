@@ -47,7 +47,7 @@ fits = ("keep", "longest", "crop")
 posteriors = ("sample", "mean")
 most_sources = 8
 lookups = {"look": ("embed",), "condition": ("embed",)}  # the latter of a question
-stacks = ("llm", "vision", "dit")
+stacks = ("llm", "vision", "modulation", "dit")
 # Costs the same for equal shapes, so a dry run looks once.
 repeated = (
     ("vision.blocks.*", "forward"),
