@@ -84,6 +84,12 @@ class Placing:
         """The model placed for a question about a picture of that size (width, height). Raises BudgetError."""
         return self._take(Work(self.parts, {1: self.forecast.answers(size, question, limit)}))[0]
 
+    def forget(self, parts: Sequence[str]) -> None:
+        """Parts that are about to be filled anew, in the memory of the host."""
+        self.mover.forget(parts)
+        self.placement = None
+        self._forget_graphs()
+
     def less(self) -> tuple[Loaded, int]:
         """The same in less memory than that which was not enough. Raises BudgetError where there is no less."""
         self.mover.leave()

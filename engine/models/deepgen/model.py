@@ -28,6 +28,7 @@ from . import conditioner
 from .conditioner import Grid, PictureCache, Row, as_row, positions, side_by_side, tapped, with_queries
 from .config import DeepGenConfig as Config
 from .connector import Connector
+from .keys import TUNED as tuned  # noqa: F401 (the engine asks the family)
 from .limits import (  # noqa: F401 (the engine asks the family)
     check_prompts,
     check_question,

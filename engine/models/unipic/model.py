@@ -47,6 +47,7 @@ kinds = ("generate", "edit", "inpaint", "ask")
 fits = ("keep", "crop")
 posteriors = ("mean",)
 most_sources = 1
+tuned = ()
 
 
 def needs(kind: str) -> dict[str, tuple[str, ...]]:
