@@ -47,6 +47,7 @@ kinds = ("generate", "edit", "ask")
 fits = ("keep", "longest", "crop")
 posteriors = ("sample", "mean")
 most_sources = 8
+parts_guidance = True
 lookups = {"look": ("embed",), "condition": ("embed",)}  # the latter of a question
 stacks = ("llm", "vision", "modulation", "dit")
 # Costs the same for equal shapes, so a dry run looks once.
@@ -243,7 +244,7 @@ def sample(model: DeepGen, conditions: Conditions, task: Task, batch: Batch, sch
     like, shape = prompts[0].text, latents(model.config, 1, task.rows, task.columns)[1:]
     how, pictures = (batch.noises, task.posterior == "mean"), enumerate(conditions.pictures)
     references = [posterior(model.config, picture, index, *how) for index, picture in pictures]
-    sampler = Sampler(model, prompts, references, task.guidance)
+    sampler = Sampler(model, prompts, references, task.guidance, batch.apart)
     x = torch.stack([noise.flow_start(shape, like.device) for noise in batch.noises]).to(like.dtype)
     for step in range(len(schedule)):
         x, clean = sampler.step(x, schedule, step)

@@ -47,6 +47,7 @@ kinds = ("generate", "edit", "inpaint", "ask")
 fits = ("keep", "crop")
 posteriors = ("mean",)
 most_sources = 1
+parts_guidance = False
 tuned = ()
 
 

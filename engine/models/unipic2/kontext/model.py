@@ -35,6 +35,7 @@ kinds = ("generate", "edit")
 fits = ("longest", "crop")
 posteriors = ("sample", "mean")
 most_sources = 1  # which the result has the size of
+parts_guidance = True
 tuned = ()
 lookups: Mapping[str, Sequence[str]] = {}
 stacks = ("t5", "modulation", "dit")
