@@ -67,12 +67,14 @@ def convert(
     src: Path,
     dst: Path,
     on_progress: Progress | None = None,
-    family: str = "unipic",
+    family: str | None = None,
     origin: dict[str, Any] | None = None,
     replace: Check | None = None,
     quant: str = "none",
 ) -> Path:
     """Convert the released folder `src` into the new folder `dst`; returns `dst`. `quant` is none or int8.
+
+    `family`: by default the one whose layout it has.
 
     If `dst` is the conversion of `src` already, every file of it is verified and it is kept; anything else that is
     there is an error. With `replace`, a `dst` that this check refuses, or that was made of something else, stays
@@ -84,6 +86,7 @@ def convert(
             f"quant {quant!r:.80} cannot be stored", "convert for none or int8; others are made on loading"
         )
     src, dst = Path(src), Path(dst).absolute()
+    family = family or _family_of(src)
     released = families.released(family)
     source = state(src, family, quant)
     if replace is None and _is_done(dst, source, partial(manifest.verify, on_progress=on_progress)):
@@ -105,6 +108,14 @@ def convert(
                 for name, writer in writers.items():
                     writer.write(folder / name)
     return dst
+
+
+def _family_of(src: Path) -> str:
+    found = families.of_released(src)
+    if found is None:
+        what = f"{src} holds no released checkpoint that is known"
+        raise ModelMissingError(what, f"give the folder of one of {', '.join(families.FAMILIES)}")
+    return found.name
 
 
 def state(src: Path, family: str, quant: str = "none") -> dict[str, Any]:
