@@ -75,12 +75,11 @@ def load(
     with limits.held_to(place, bound) as release:
         with out_of_memory("loading the model"), current(place):
             grow_segments(place, say or str)
-            module = weights.prepared(build, recipe).eval()
-            source = Source(module, folder, recipe, precision, (first, place), family.tuned, say or str)
+            source = Source(build, folder, recipe, precision, (first, place), family.tuned, say or str)
             source.fill(ready_for.task == "ask", on_progress)
         usable = None if bound is None else budget.overhead(card_of(place), place).usable(bound)
         name = named(model, folder)
-        return make(family, module, tokens, name, recipe, place, usable, say, source, drop_idle, release)
+        return make(family, source.model, tokens, name, recipe, place, usable, say, source, drop_idle, release)
 
 
 def named(model: str | os.PathLike[str], folder: Path) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..quant.bnb import is_packed
 from ..quant.recipe import Recipe
 from . import weights
 from .checkpoint.manifest import Progress
@@ -20,11 +19,11 @@ UNVERIFIED = "answers are unverified: the language model inside was tuned to con
 
 
 class Source:
-    """Fills `model`, whose parts are on the meta device at first, from `folder`."""
+    """`model`, as `build` makes it, and the `folder` that it is filled from."""
 
     def __init__(
         self,
-        model: nn.Module,
+        build: Callable[[], nn.Module],
         folder: Path,
         recipe: Recipe,
         dtype: torch.dtype,
@@ -36,7 +35,8 @@ class Source:
 
         `tuned`: the parts that the folder may hold as they were before. `say` hears that they are exchanged.
         """
-        self.model, self.folder, self.recipe, self.dtype, self.devices = model, folder, recipe, dtype, devices
+        self.build, self.folder, self.recipe, self.dtype, self.devices = build, folder, recipe, dtype, devices
+        self.model = self._empty()
         self.untuned = tuple(tuned) if (folder / UNTUNED).is_dir() else ()
         self.say = say
         self.held: dict[str, str] = {}  # of each part that is filled, which set of weights it has
@@ -52,11 +52,12 @@ class Source:
         if self.held and stale:
             why = "to answer: as it was before it was tuned" if answering else "as it was tuned, to make pictures"
             self.say(f"reading the language model {why}")
+            fresh = self._empty()  # layers of bitsandbytes cannot be filled twice
+            for name in stale:
+                self.held.pop(name, None)
+                setattr(self.model, name, getattr(fresh, name))
         for which in sorted({wanted[name] for name in stale}):
             parts = [name for name in stale if wanted[name] == which]
-            for name in parts:
-                self.held.pop(name, None)
-                self._empty(name)
             self._load(parts, which, self.devices[0], on_progress)
             self.held |= dict.fromkeys(parts, which)
 
@@ -68,10 +69,9 @@ class Source:
         names = [name for name, _ in self.model.named_children()]
         return {name: UNTUNED if answering and name in self.untuned else "" for name in names}
 
-    def _empty(self, name: str) -> None:
-        part = self.model.get_submodule(name)
-        if not any(map(is_packed, part.modules())):  # those stay where they are until others come
-            part.to("meta")
+    def _empty(self) -> nn.Module:
+        """On the meta device."""
+        return weights.prepared(self.build, self.recipe).eval()
 
     def _load(
         self, parts: Sequence[str], which: str, device: torch.device, on_progress: Progress | None = None

@@ -17,6 +17,7 @@ from unipic_run.engine import budget, limits
 from unipic_run.engine.checkpoint import manifest
 from unipic_run.engine.checkpoint.convert import convert
 from unipic_run.engine.errors import CorruptWeightsError, UnipicWarning
+from unipic_run.engine.info import checkpoint_info
 from unipic_run.engine.models.deepgen import model as deepgen
 from unipic_run.engine.models.deepgen.vision import as_patches
 from unipic_run.engine.picture import to_pixels
@@ -121,6 +122,7 @@ def test_answers_are_those_of_transformers_without_the_update(trained, whole, me
         tuned, picture = asked(engine, warned=True), pixels(engine)
         expected = answer_of(theirs(trained), engine)
     assert len(expected) > 2 and tuned != expected, "the update matters"
+    assert "answers" in checkpoint_info(whole) and "answers" not in checkpoint_info(merged)
     said: list[str] = []
     with Engine.from_pretrained(whole, device="cpu", say=said.append) as engine:
         for _ in range(2):  # in turns, each with its own weights
@@ -139,13 +141,16 @@ def test_answers_are_those_of_transformers_without_the_update(trained, whole, me
     assert engine.source is None and (gc.collect(), part())[1] is None
 
 
-@pytest.mark.parametrize("drop_idle", [False, True])
-def test_a_budget_changes_nothing(whole, monkeypatch, drop_idle):
-    with Engine.from_pretrained(whole, device="cpu") as engine:
+@pytest.mark.parametrize(("quant", "drop_idle"), [("none", False), ("none", True), ("nf4", False), ("bnb8", False)])
+def test_a_budget_changes_nothing(whole, monkeypatch, quant, drop_idle):
+    if quant != "none":
+        pytest.importorskip("bitsandbytes")
+    with Engine.from_pretrained(whole, device="cpu", quant=quant) as engine:
         picture, expected = pixels(engine), asked(engine, warned=False)
+        assert np.array_equal(pixels(engine), picture)
     monkeypatch.setattr(budget, "bound_on", lambda device, vram: 6 * GIB)
     monkeypatch.setattr(limits, "held_to", lambda device, bound: nullcontext(str))
-    with Engine.from_pretrained(whole, device="cpu", vram=6, drop_idle=drop_idle) as engine:
+    with Engine.from_pretrained(whole, device="cpu", quant=quant, vram=6, drop_idle=drop_idle) as engine:
         for work, wanted in ((pixels, picture), (lambda e: asked(e, warned=False), expected)) * 3:
             engine.placing.budget = 2**40
             assert np.abs(np.subtract(work(engine), wanted)).max() <= 1, engine.placing.line
