@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under 9 minutes: parity, tests marked gpu, full-size latency in bf16, int8 and without our
-# kernels, every operator, time by class of operation beside its roof, and peak memory.
+# Everything that needs a GPU, in under 9 minutes: parity, tests marked gpu, full-size latency of both families in bf16 and
+# int8 and of UniPic without our kernels, every operator, time by class of operation beside its roof, and peak memory.
 #   OUT=/tmp/results bash bench/gpu_check.sh        PYTHON=/path/to/python OUT=... bash bench/gpu_check.sh
 # Installs nothing: the checkout is imported as it lies there. Kernels that were never compiled on the machine are compiled
 # first, on all cores. The most important parts come next; each has its own time limit, gets no more than what is left of
 # the whole (SECONDS_IN_ALL, default 505), tells what it knows when its time is up, and does not stop the others by
 # failing. Writes a log a part and one <card>-<date>.json into OUT (default bench/results).
-# PARTS="ops int8" runs these alone, each with three times the time. DRY_RUN=1 runs every part on the CPU with the tiny
-# model, which checks this script and nothing else.
+# PARTS="ops int8" runs these alone, each with three times the time. DRY_RUN=1 runs every part on the CPU with tiny
+# models, which checks this script and nothing else.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -25,15 +25,20 @@ cd "$root"
 
 device=cuda
 model=(--model unipic --res 1024 --iters 32 --dtype bf16)
+deepgen=(--random-weights --model deepgen --res 1024 --iters 50 --dtype bf16)
 memory=(--scenarios gen-int8-tight gen-bf16 --repeats 1)
 if [[ -n ${DRY_RUN:-} ]]; then
   device=cpu
   export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
   model=(--model tests/data/unipic-tiny --res 64 --iters 2 --dtype fp32)
+  "$PYTHON" tests/deepgen_release.py "$work/deepgen"
+  deepgen=(--model "$work/deepgen" --res 64 --iters 2 --dtype fp32)
   memory=(--scenarios gen-int8-tight --repeats 1 --device cpu "${model[@]}")
 fi
 latency=("$PYTHON" bench/latency.py --random-weights --device "$device" "${model[@]}")
 classes=("$PYTHON" bench/classes.py --random-weights --device "$device" "${model[@]}")
+deepgen_latency=("$PYTHON" bench/latency.py --device "$device" "${deepgen[@]}" --vram-cap 15)
+deepgen_classes=("$PYTHON" bench/classes.py --device "$device" "${deepgen[@]}")
 parity=("$PYTHON" bench/parity.py tests/data/goldens/unipic1 --checkpoint tests/data/unipic-tiny --device "$device")
 
 seconds=${SECONDS_IN_ALL:-505}
@@ -68,14 +73,18 @@ SIGNAL=INT part gpu-tests 90 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu t
 part bf16 75 "${latency[@]}" --tasks gen --repeat 2 --plan
 part int8 85 "${latency[@]}" --tasks gen --repeat 2 --plan --quant int8 --attn int8-qk
 part targets 15 "$PYTHON" bench/targets.py "$OUT/bf16.log" "$OUT/int8.log"
+part deepgen-int8 70 "${deepgen_latency[@]}" --tasks gen --repeat 2 --plan --quant int8 --attn int8-qk
 part ops 90 "$PYTHON" bench/ops.py
 part classes-int8 60 "${classes[@]}" --quant int8 --attn int8-qk
+part deepgen-bf16 80 "${deepgen_latency[@]}" --tasks gen --repeat 2 --plan
+part deepgen-classes 60 "${deepgen_classes[@]}" --quant int8 --attn int8-qk
 part classes 60 "${classes[@]}"
 part parity-int8 40 "${parity[@]}" --quant int8 --attn int8-qk
 part vram 100 "$PYTHON" bench/vram.py "${memory[@]}"
 part latency 75 "${latency[@]}" --vram-cap 15
 part torch-only 45 env UNIPIC_RUN_TRITON=0 "${latency[@]}" --tasks gen --repeat 2
 part batch-of-4 40 "${latency[@]}" --tasks gen --batch 4
+part deepgen 80 "${deepgen_latency[@]}" --tasks edit,ask --quant int8 --attn int8-qk
 
 "$PYTHON" bench/gpu_summary.py "$work/parts.tsv" "$OUT" || failed=1
 exit "$failed"

@@ -57,6 +57,7 @@ SCENARIOS = {
         _int8("deepgen-gen-int8", "gen", 3.1, **DEEPGEN),
         _int8("deepgen-gen-int8-512", "gen", 3.0, res=512, **DEEPGEN),
         _int8("deepgen-gen-int8-tight", "gen", None, vram=3.0, **DEEPGEN),
+        _int8("deepgen-gen-int8-least", "gen", None, vram=1.75, **DEEPGEN),
         _int8("deepgen-edit-int8", "edit", 3.8, **DEEPGEN),
         _int8("deepgen-ask-int8-512", "ask", 4.0, res=512, **DEEPGEN),
     )

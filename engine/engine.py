@@ -184,6 +184,7 @@ class Engine(Worker):
         """Image and question to text: an `Answer`, or with `stream` its pieces as they come.
 
         A list of questions gives a list of answers; the picture is then read only once. Temperature 0 is greedy.
+        Where a language model was tuned to make pictures and the folder has it as it was before, that one answers.
         """
         side, picture = self.config.resolution if res is None else res, open_image(image)
         requests = [

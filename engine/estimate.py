@@ -25,7 +25,7 @@ from .loaded import Loaded
 from .mover import parts_of
 from .outline import KINDS, LIMIT, PROMPT, task_of
 from .placing import no_room
-from .plan import BANDED, META, Plan, Stage, shapes
+from .plan import META, Plan, Stage, shapes, taken
 from .request import GPU_BATCH, TASKS, Largest
 from .residency import DoesNotFit, Placement, Work, describe, fit
 from .segments import STEP, GrowingSegments, rounded
@@ -98,14 +98,13 @@ class Asked:
 
     def placement(self) -> Placement:
         """The fastest that fits. Raises BudgetError."""
-        if self.task is None:
-            batches = {1: self.forecast.answers(self.seen, PROMPT, LIMIT)}
-        else:
-            how = {"previews": False}
-            batches = {size: self.forecast.pictures(self.task, [PROMPT], size, **how) for size in self.sizes}
         parts, beside = parts_of(self.model, self.forecast.loaded.family.stacks), overhead(self.card)
+        if self.task is None:
+            work = Work(parts, {1: self.forecast.answers(self.seen, PROMPT, LIMIT)})
+        else:
+            work = self.forecast.work(parts, self.task, [PROMPT] * self.images, max(self.sizes), previews=False)
         try:
-            return fit(Work(parts, batches, self.images), beside.usable(self.vram_bytes))
+            return fit(work, beside.usable(self.vram_bytes))
         except DoesNotFit as error:
             raise no_room(error, beside) from None
 
@@ -225,7 +224,7 @@ def stages_of(plan: Plan, placement: Placement, card: Card) -> Iterator[tuple[st
     """(name, peak bytes with the weights that are there, what computing takes, seconds) of each stage of a batch."""
     seconds = plan.seconds(card)
     for name, peak in placement.peaks.items():
-        how = BANDED if name in placement.banded else name
+        how = taken(placement, name)
         yield name, peak, plan.stages[how], seconds[how]
 
 
@@ -250,6 +249,6 @@ def reserved_by_stage(model: nn.Module, plan: Plan, placement: Placement) -> dic
     found = {}
     for (name, here), (then, coming) in pairwise([*placement.stages.items(), ("", ())]):
         there = {*here, *(coming if then in placement.early else ())}
-        how = BANDED if name in placement.banded else name
+        how = taken(placement, name)
         found[name] = resident.reserved + sum(room[part] for part in there) + plan.stages[how].reserved_bytes
     return found

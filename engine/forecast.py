@@ -5,6 +5,7 @@ A plan is made for all requests of a shape: for the longest prompt that is kept 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from types import MappingProxyType
 from typing import Any
 
 from ..quant.recipe import Recipe
@@ -13,8 +14,8 @@ from .kept_plans import is_kept, kept
 from .layers.attention import Attention
 from .loaded import Loaded
 from .noise import PhiloxNoise
-from .plan import BANDED, META, Plan, dry_answer, dry_run, shapes
-from .residency import Bands, Stage
+from .plan import APART, BANDED, META, Plan, can_be_apart, dry_answer, dry_run, shapes
+from .residency import Bands, Part, Stage, Work
 from .task import Batch, Task
 
 ROUNDED = 32  # tokens to which a prompt's length is rounded up, so that other prompts are not planned anew
@@ -33,7 +34,7 @@ class Forecast:
         self.attention = attention if attention.ours else Attention()  # other packages do nothing on the meta device
 
     def plan(self, task: Task, prompts: Sequence[str], images: int) -> Plan:
-        """Of a batch of so many images, decoded whole and, as the stage BANDED, in bands."""
+        """Of a batch of so many images, also with the stages BANDED and, where that can be, APART."""
         shape = self.shape(task, prompts, images)
         return kept(shape, lambda: self.fresh(task, prompts, images))
 
@@ -43,7 +44,7 @@ class Forecast:
         task = replace(task, sources=sources, negative=None if task.negative is None else PROMPT * 2)
         texts = [f"{PROMPT}{min(index, shape['prompts'] - 1)}" for index in range(images)]
         batch = Batch(texts, [PhiloxNoise(seed) for seed in range(images)])
-        return dry_run(self._meta(shape["longest"]), task, batch, bands=True)
+        return dry_run(self._meta(shape["longest"]), task, batch, others=True)
 
     def is_kept(self, task: Task, prompts: Sequence[str], images: int) -> bool:
         return is_kept(self.shape(task, prompts, images))
@@ -66,14 +67,23 @@ class Forecast:
             "longest": max(longest + negative),
         }
 
-    def pictures(self, task: Task, prompts: Sequence[str], images: int, previews: bool) -> tuple[Stage, ...]:
-        """The stages of such a batch."""
+    def work(self, parts: tuple[Part, ...], task: Task, prompts: Sequence[str], most: int, previews: bool) -> Work:
+        """What is to be placed for an image of each prompt, of which up to `most` may be computed together."""
+        batches = {size: self.pictures(task, prompts, size, previews) for size in {1, most}}
+        can = can_be_apart(self.loaded.family, task, images=1)
+        apart = self.pictures(task, prompts, 1, previews, apart=True) if can else ()
+        return Work(parts, batches, apart, images=len(prompts))
+
+    def pictures(
+        self, task: Task, prompts: Sequence[str], images: int, previews: bool, apart: bool = False
+    ) -> tuple[Stage, ...]:
+        """The stages of such a batch; `apart`: as Batch has it."""
         family, plan = self.loaded.family, self.plan(task, prompts, images)
         needs = {name: tuple(parts) for name, parts in family.needs(task.kind).items()}
         if previews:
             needs["sample"] += needs["decode"]
-        passes = dict.fromkeys(needs, 2) | {"sample": task.steps, "decode": 1}
-        *before, sample, decode = self._stages(plan, needs, passes)
+        passes = dict.fromkeys(needs, 2) | {"sample": task.steps * (1 + apart), "decode": 1}
+        *before, sample, decode = self._stages(plan, needs, passes, {"sample": APART} if apart else {})
         decode = replace(decode, bands=Bands(plan.stages[BANDED].peak_bytes, plan.seconds(self.card)[BANDED]))
         return *before, with_previews(sample, decode, plan) if previews else sample, decode
 
@@ -105,17 +115,24 @@ class Forecast:
     def _length(self, text: str) -> int:
         return -(-(len(self.loaded.tokens.encode(text)) + SEAM) // ROUNDED) * ROUNDED
 
-    def _stages(self, plan: Plan, needs: Mapping[str, Sequence[str]], passes: Mapping[str, int]) -> tuple[Stage, ...]:
+    def _stages(
+        self,
+        plan: Plan,
+        needs: Mapping[str, Sequence[str]],
+        passes: Mapping[str, int],
+        taken: Mapping[str, str] = MappingProxyType({}),
+    ) -> tuple[Stage, ...]:
+        """`taken`: the stages of the plan that stand for others."""
         seconds, shares = plan.seconds(self.card), plan.shares(self.card)
         return tuple(
             Stage(
                 name,
                 needs=tuple(dict.fromkeys(parts)),
-                activation=plan.stages[name].peak_bytes,
-                seconds=seconds[name],
+                activation=plan.stages[taken.get(name, name)].peak_bytes,
+                seconds=seconds[taken.get(name, name)],
                 passes=passes[name],
                 lookups=frozenset(self.loaded.family.lookups.get(name, ())),
-                shares=shares[name],
+                shares=shares[taken.get(name, name)],
             )
             for name, parts in needs.items()
         )

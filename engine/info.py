@@ -43,16 +43,24 @@ def checkpoint_info(folder: Path) -> dict[str, Any]:
     Raises ModelMissingError, CorruptWeightsError.
     """
     from .checkpoint.convert import is_converted
+    from .checkpoint.shards import UNTUNED
 
     if is_converted(folder):
         row = hub.describe(folder)
         family, config = families.read(folder)
         sizes, types = _stored(folder)
-        return _described(folder, "converted", family, config, sizes, types, row.nbytes) | {
-            "source": row.source,
-            "licence": row.licence,
-            "note": row.note,
-        }
+        apart = (
+            {"answers": "with the language model as it was before its update"} if (folder / UNTUNED).is_dir() else {}
+        )
+        return (
+            _described(folder, "converted", family, config, sizes, types, row.nbytes)
+            | apart
+            | {
+                "source": row.source,
+                "licence": row.licence,
+                "note": row.note,
+            }
+        )
     family = families.of_released(folder)
     if family is None:
         raise ModelMissingError(f"{folder} holds neither a converted nor a released checkpoint", hub.works_now())

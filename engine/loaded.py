@@ -17,10 +17,14 @@ def stay(stage: str) -> None:
 
 @dataclass(frozen=True)
 class Placed:
-    """`enter(stage)` brings what a stage needs; `bands`: pictures are decoded in bands of rows."""
+    """`enter(stage)` brings what a stage needs.
+
+    `bands`: pictures are decoded in bands of rows. `apart`: guidance rows are computed one after the other.
+    """
 
     enter: Callable[[str], None] = stay
     bands: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
 
-from ..quant.recipe import Recipe
 from . import budget, families, hub, limits, weights
 from .allocator import grow_segments
 from .checkpoint.manifest import Progress
@@ -21,6 +19,7 @@ from .layers.attention import resolve
 from .placing import card_of
 from .request import LargestOptions, as_largest
 from .residency import GIB
+from .source import Source
 from .tokens import Tokens
 
 T = TypeVar("T")
@@ -43,7 +42,7 @@ def load(
     on_progress: Progress | None,
     say: Callable[[str], None] | None,
 ) -> T:
-    """make(family, model, tokens, name, recipe, device, budget, say, reread, release): the arguments of an Engine."""
+    """make(family, model, tokens, name, recipe, device, budget, say, source, drop_idle, release): as an Engine's."""
     if drop_idle and vram is None:
         what = "drop_idle has no effect without vram: all weights stay where they are"
         raise UsageError(what, "add --vram auto (Engine keyword vram), or leave --drop-idle out")
@@ -76,15 +75,11 @@ def load(
     with limits.held_to(place, bound) as release:
         with out_of_memory("loading the model"), current(place):
             grow_segments(place, say or str)
-            module = weights.assemble(build, recipe, folder, first, precision, on_progress, packed=place)
+            source = Source(build, folder, recipe, precision, (first, place), family.tuned, say or str)
+            source.fill(ready_for.task == "ask", on_progress)
         usable = None if bound is None else budget.overhead(card_of(place), place).usable(bound)
-        reread = partial(reload, module, folder, precision, recipe) if drop_idle else None
-        return make(family, module.eval(), tokens, named(model, folder), recipe, place, usable, say, reread, release)
-
-
-def reload(module: nn.Module, folder: Path, dtype: torch.dtype, recipe: Recipe, part: str) -> None:
-    """Fill one part again, in the memory of the host."""
-    weights.load(module, folder, "cpu", dtype, recipe=recipe, part=part)
+        name = named(model, folder)
+        return make(family, source.model, tokens, name, recipe, place, usable, say, source, drop_idle, release)
 
 
 def named(model: str | os.PathLike[str], folder: Path) -> str:

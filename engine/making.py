@@ -65,7 +65,7 @@ def make_images(
                 settings = tuple(describe(*pair) for pair in zip(part, pictures, strict=bool(pictures)))
                 on_event(replace(event, done=first, total=len(jobs), previews=previews, settings=settings))
 
-        batch = Batch([job.prompt for job in part], [job.noise for job in part])
+        batch = Batch([job.prompt for job in part], [job.noise for job in part], loaded.placed.apart)
         try:
             with out_of_memory("making images", f"make smaller pictures, or {TAKE_LESS}"):
                 made = run_batch(loaded, task, batch, reuse, clock, Watch(tell, cancel, preview_every))

@@ -133,10 +133,23 @@ class Mover:
             self._settle(name, part, placement.where[name])
         self.placement = placement
 
-    def _settle(self, name: str, part: nn.Module, where: Where) -> None:
+    def forget(self, names: Iterable[str]) -> None:
+        """Parts that are about to be filled anew, in the memory of the host; the model then needs another placement."""
+        self.leave()
+        self.placement = None
+        for name in names:
+            self._release(name)
+            self.packs.pop(name, None)
+            self.dropped.discard(name)
+
+    def _release(self, name: str) -> None:
+        """The part's own layers and forward pass again."""
         self.guests.pop(name, None)
         for undo in self._undo.pop(name, ()):
             undo()
+
+    def _settle(self, name: str, part: nn.Module, where: Where) -> None:
+        self._release(name)
         if where == "idle" and self.reread:
             part.to("meta")
             self.packs.pop(name, None)

@@ -76,13 +76,17 @@ class Placing:
 
     def pictures(self, task: Task, prompts: Sequence[str], at_once: int, previews: bool) -> tuple[Loaded, int]:
         """The model placed for a request, and how many of its images to make at once. Raises BudgetError."""
-        sizes = {1, min(at_once, len(prompts))}
-        batches = {size: self.forecast.pictures(task, prompts, size, previews) for size in sizes}
-        return self._take(Work(self.parts, batches, images=len(prompts)))
+        return self._take(self.forecast.work(self.parts, task, prompts, min(at_once, len(prompts)), previews))
 
     def answers(self, size: tuple[int, int], question: str, limit: int) -> Loaded:
         """The model placed for a question about a picture of that size (width, height). Raises BudgetError."""
         return self._take(Work(self.parts, {1: self.forecast.answers(size, question, limit)}))[0]
+
+    def forget(self, parts: Sequence[str]) -> None:
+        """Parts that are about to be filled anew, in the memory of the host."""
+        self.mover.forget(parts)
+        self.placement = None
+        self._forget_graphs()
 
     def less(self) -> tuple[Loaded, int]:
         """The same in less memory than that which was not enough. Raises BudgetError where there is no less."""
@@ -109,7 +113,7 @@ class Placing:
         self.line = describe(found)
         if self.line != before:
             self.say(f"weights: {self.line}")
-        placed = Placed(self.mover.enter, bands="decode" in found.banded)
+        placed = Placed(self.mover.enter, bands="decode" in found.banded, apart=found.apart)
         return replace(self.loaded, placed=placed), found.at_once
 
     def _settle(self, found: Placement) -> None:

@@ -8,7 +8,7 @@ Counts are those of the Triton path whatever this machine has. Every round is ru
 only one of each shape.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,12 +27,14 @@ from .loaded import Loaded, Placed
 from .meter import Call, Meter
 from .repeats import once
 from .request import CancelToken, Event
+from .residency import Placement
 from .run import Watch, run_batch, to_levels
 from .task import Batch, Task
 from .verbs import Verbs
 
 META = torch.device("meta")
 BANDED = "decode in bands"  # a stage in place of `decode`
+APART = "sample in two passes"  # in place of `sample`
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,11 @@ def shapes(family: Verbs, config: Any, recipe: Recipe, dtype: torch.dtype, atten
     return weights.prepared(partial(family.build, config, attend), recipe).to(dtype)
 
 
-def dry_run(loaded: Loaded, task: Task, batch: Batch, bands: bool = False) -> Plan:
+def dry_run(loaded: Loaded, task: Task, batch: Batch, others: bool = False) -> Plan:
     """The plan of one batch of pictures. `loaded.model` and the task's sources are on the meta device.
 
-    With `bands` it also has BANDED, as if that had come in place of `decode`.
+    With `others` it also has BANDED, as if that had come in place of `decode`, and of one picture of a family that can
+    do it APART.
     """
     meter, model, lived = Meter(), loaded.model, []
     clock, graphs = StageClock(meter), ForeseenGraphs(meter)
@@ -109,7 +112,7 @@ def dry_run(loaded: Loaded, task: Task, batch: Batch, bands: bool = False) -> Pl
         lived.append(meter.current)
 
     def enter(stage: str) -> None:
-        if bands and stage == "decode":
+        if others and stage == "decode":
             with meter.aside(BANDED):
                 shape = loaded.family.latents(model.config, len(batch.noises), task.rows, task.columns)
                 latents = torch.empty(shape, **like)
@@ -119,9 +122,25 @@ def dry_run(loaded: Loaded, task: Task, batch: Batch, bands: bool = False) -> Pl
     watch, loaded = Watch(note, CancelToken(), preview_every=0), replace(loaded, placed=Placed(enter))
     counted = once(meter, model, loaded.family.repeated), by_stack(meter, model, loaded.family.stacks)
     with torch.inference_mode(), in_place_of_graphs(model, graphs), counted[0], counted[1], meter:
-        run_batch(loaded, task, batch, None, clock, watch)
+        conditions = run_batch(loaded, task, batch, None, clock, watch).conditions
+        if others and can_be_apart(loaded.family, task, len(batch.noises)):
+            with meter.aside(APART), in_place_of_graphs(model, ForeseenGraphs(meter)):
+                how = task, replace(batch, apart=True)
+                deque(loaded.family.sample(model, conditions, *how, loaded.family.schedule(model.config, *how)), 0)
     live = {"between_rounds": max(lived), "before_decode": clock.entered["decode"]}
     return Plan(stages_of(meter), parts_of(model), meter.calls, **live, graphs=graphs.held(), history=meter.history)
+
+
+def can_be_apart(family: Verbs, task: Task, images: int) -> bool:
+    """Whether a batch may be computed with guidance in two passes; of several pictures, fewer at once save as much."""
+    return family.parts_guidance and task.guidance != 1.0 and images == 1
+
+
+def taken(placement: Placement, stage: str) -> str:
+    """The stage of a plan that stands for this one in a placement."""
+    if stage in placement.banded:
+        return BANDED
+    return APART if placement.apart and stage == "sample" else stage
 
 
 def dry_answer(loaded: Loaded, size: tuple[int, int], question: str, limit: int) -> Plan:

@@ -80,7 +80,7 @@ def note_doubts(task: Task, side: int) -> None:
         note = f"{width}x{height} is far from the {side}x{side} this model was trained at: expect poorer pictures"
         warnings.warn(note, UnipicWarning, stacklevel=4)
     if task.negative is not None and task.guidance == 1.0:
-        warnings.warn("a negative prompt has no effect at guidance 1", UnipicWarning, stacklevel=4)
+        warnings.warn("a negative prompt steers nothing at guidance 1", UnipicWarning, stacklevel=4)
 
 
 def _task(kind: str, width: int, height: int, sampling: Sampling, defaults: Defaults, **source: Any) -> Task:

@@ -69,10 +69,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Work:
-    """`batches`: for each number of images at once that may be tried, the stages of such a batch, in order."""
+    """`batches`: for each number of images at once that may be tried, the stages of such a batch, in order.
+
+    `apart`: those of one image whose guidance rows are computed one after the other, where that can be.
+    """
 
     parts: tuple[Part, ...]
     batches: Mapping[int, tuple[Stage, ...]]
+    apart: tuple[Stage, ...] = ()
     images: int = 1
     link: float = LINK  # bytes per second
 
@@ -86,6 +90,7 @@ class Placement:
     early: frozenset[str]
     banded: tuple[str, ...]  # stages that compute in bands
     at_once: int  # images
+    apart: bool  # whether the guidance rows of an image come one after the other
     peaks: Mapping[str, int]  # predicted bytes, weights and activations, by stage
     seconds: float  # predicted, of all images
     split: bool  # whether more images could be computed at once
@@ -141,6 +146,8 @@ def describe(placement: Placement) -> str:
     said += [f"{name} in bands" for name in placement.banded]
     if placement.split:
         said.append("one image at a time" if placement.at_once == 1 else f"{placement.at_once} images at a time")
+    if placement.apart:
+        said.append("guidance in two passes")
     seconds = f"{placement.seconds:.{0 if placement.seconds >= 10 else 1}f}"
     memory = f"{placement.peak / GIB:.1f} of {placement.budget / GIB:.1f} GiB, about {seconds} s"
     return "; ".join([*(said or ["all resident"]), memory])
@@ -161,6 +168,7 @@ class _Case:
     """A batch size, with or without bands: what all placements of it share."""
 
     at_once: int
+    apart: bool
     stages: tuple[Stage, ...]
     bands: bool
     batches: int
@@ -184,7 +192,7 @@ class _Case:
 @dataclass(frozen=True)
 class _Found:
     seconds: float
-    effort: tuple[int, bool, int]  # parts that are not resident, bands, batches: the less, the simpler
+    effort: tuple[int, bool, bool, int]  # parts that are not resident, rows apart, bands, batches: less is simpler
     case: _Case
     homes: tuple[_Home, ...]
 
@@ -202,10 +210,11 @@ def _best(work: Work, budget: int) -> Placement | None:
 
 
 def _cases(work: Work, parts: Iterable[Part]) -> Iterator[_Case]:
-    for at_once, stages in sorted(work.batches.items(), reverse=True):
+    batches = [(at_once, False, stages) for at_once, stages in sorted(work.batches.items(), reverse=True)]
+    for at_once, apart, stages in batches + [(1, True, work.apart)] * bool(work.apart):
         homes = tuple(tuple(_homes(part, stages, work.link)) for part in parts)
         for bands in (False, True)[: 1 + any(stage.bands for stage in stages)]:
-            yield _Case(at_once, stages, bands, -(-work.images // at_once), homes)
+            yield _Case(at_once, apart, stages, bands, -(-work.images // at_once), homes)
 
 
 def _homes(part: Part, stages: tuple[Stage, ...], link: float) -> Iterator[_Home]:
@@ -242,7 +251,7 @@ def _search(case: _Case, budget: int, found: list[_Found]) -> None:
         if any(taken > free for taken, free in zip(used, room[len(chosen)], strict=True)):
             continue
         moved = sum(home.where != "resident" for home in chosen)
-        one = _Found(case.seconds(waits, hidden), (moved, case.bands, case.batches), case, chosen)
+        one = _Found(case.seconds(waits, hidden), (moved, case.apart, case.bands, case.batches), case, chosen)
         # Whatever is chosen for the other parts makes it neither faster nor simpler.
         if any(other.seconds <= one.seconds and other.effort <= one.effort for other in found):
             continue
@@ -273,6 +282,7 @@ def _placement(work: Work, parts: list[Part], best: _Found, budget: int) -> Plac
         early=frozenset(early),
         banded=tuple(stage.name for stage in case.stages if case.bands and stage.bands),
         at_once=case.at_once,
+        apart=case.apart,
         peaks=dict(zip(names, peaks, strict=True)),
         seconds=best.seconds,
         split=case.at_once < max(work.batches),

@@ -32,7 +32,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images computed together: a prompt and a noise source for each."""
+    """Images computed together: a prompt and a noise source for each.
+
+    `apart`: their guidance rows are computed one after the other, by families that can.
+    """
 
     prompts: Sequence[str]
     noises: Sequence[Noise]
+    apart: bool = False

@@ -6,7 +6,7 @@ from itertools import groupby
 
 from .estimate import Asked
 from .outline import LIMIT, PROMPT
-from .plan import BANDED, seconds_of
+from .plan import seconds_of, taken
 from .residency import Placement
 
 
@@ -26,9 +26,9 @@ def timeline(asked: Asked, placement: Placement) -> Iterator[Moment]:
         plan = asked.forecast.fresh_answer(asked.seen, PROMPT, LIMIT)
     else:
         plan = asked.forecast.fresh(asked.task, [PROMPT], placement.at_once)
-    names = {(BANDED if name in placement.banded else name): name for name in placement.peaks}
+    names = {taken(placement, name): name for name in placement.peaks}
     for stage, entries in groupby(plan.history, key=lambda entry: next(iter(entry[0])).stage.partition("/")[0]):
-        if stage not in names:  # the other way to decode
+        if stage not in names:  # another way to do it
             continue
         weights = placement.peaks[names[stage]] - plan.stages[stage].peak_bytes
         for calls, peak in entries:

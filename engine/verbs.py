@@ -46,6 +46,8 @@ class Verbs(Protocol):
     fits: Sequence[str]  # ways to fit an edit's source, of request.FITS; the first is the default
     posteriors: Sequence[str]  # ways to take a source's latents, of request.POSTERIORS; the first is the default
     most_sources: int  # pictures that an edit may be given
+    parts_guidance: bool  # whether `sample` heeds Batch.apart
+    tuned: Sequence[str]  # parts that were changed to make pictures: a folder may hold what they were, for answers
     lookups: Mapping[str, Sequence[str]]  # stage -> tables among its parts of which it only looks up rows
     stacks: Sequence[str]  # parts whose layers run one after the other, once a pass
     repeated: Sequence[tuple[str, str]]  # (modules, method) whose cost depends on nothing but shapes; * is any number

@@ -5,7 +5,7 @@ A checkpoint that holds its linear layers as they were released becomes any sche
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -50,12 +50,10 @@ def assemble(
     folder: Path,
     device: Where,
     dtype: torch.dtype,
-    on_progress: Progress | None = None,
-    packed: Where | None = None,
 ) -> nn.Module:
     """The model that `build` makes, with the recipe's layers, filled from `folder`. Raises what `load` does."""
     module = prepared(build, recipe)
-    load(module, folder, device, dtype, on_progress, recipe, packed)
+    load(module, folder, device, dtype, recipe=recipe)
     return module
 
 
@@ -78,25 +76,26 @@ def load(
     on_progress: Progress | None = None,
     recipe: Recipe = NONE,
     packed: Where | None = None,
-    part: str = "",
+    parts: Sequence[str] = (),
+    which: str = "",
 ) -> None:
     """Give every parameter and saved buffer of `module` its value from `folder`, which must carry a manifest.
 
     `module` is what `swap` made of it by `recipe`. Floating tensors are cast to `dtype`, except the scales of int8
     weights; names and shapes must match exactly. Nothing is assigned if anything is wrong. `packed`: where weights in a
-    format of bitsandbytes go, which cannot move afterwards; by default to `device` like all others. `part`: the only
-    one to be filled; the others stay as they are.
+    format of bitsandbytes go, which cannot move afterwards; by default to `device` like all others. `parts`: the only
+    ones to be filled; the others stay as they are. `which` set of weights: as for Shards.
     Memory: the loaded tensors, and one as it is stored, with its float32 copies where it is rotated or quantised.
     Raises CorruptWeightsError, ModelMissingError, UsageError.
     """
     folder = Path(folder)
     manifest.check(folder)
-    with Shards(folder) as shards:
+    with Shards(folder, which) as shards:
         if shards.scheme not in ("none", recipe.scheme):
             remedy = f"leave quant out, or convert the original checkpoint again for quant {recipe.scheme}"
             raise UsageError(f"{folder} is stored in {shards.scheme}, which cannot become {recipe.scheme}", remedy)
         change = Change(module, recipe, done=shards.scheme != "none")
-        inside, done = f"{part}." if part else "", 0
+        inside, done = tuple(f"{part}." for part in parts) or ("",), 0
         filling = _Filling(module, shards, (device, device if packed is None else packed), dtype, change, inside)
         shapes = {name: shape for name, shape in shards.shapes.items() if any_in(inside, change.planned(name, shape))}
         total = sum(map(math.prod, shapes.values()))
@@ -108,7 +107,7 @@ def load(
     filling.assign()
 
 
-def any_in(inside: str, names: Iterable[str]) -> bool:
+def any_in(inside: tuple[str, ...], names: Iterable[str]) -> bool:
     return any(name.startswith(inside) for name in names)
 
 
@@ -122,7 +121,7 @@ class _Filling:
         devices: tuple[Where, Where],
         dtype: torch.dtype,
         change: Change,
-        inside: str,
+        inside: tuple[str, ...],
     ) -> None:
         """`devices`: of all tensors but the packed ones, and of those. `inside`: how names begin that will be filled.
 
@@ -173,7 +172,7 @@ class _Filling:
         """What was taken of the inside; a stored tensor may become others besides."""
         tensors = {name: tensor for name, tensor in self.tensors.items() if name.startswith(self.inside)}
         packed = {name: tensors.pop(name) for name in self.change.packs if name in tensors}
-        self.module.load_state_dict(tensors, assign=True, strict=not (packed or self.inside))
+        self.module.load_state_dict(tensors, assign=True, strict=not packed and self.inside == ("",))
         for name, parameter in packed.items():
             layer, _, leaf = name.rpartition(".")
             setattr(self.module.get_submodule(layer), leaf, parameter)

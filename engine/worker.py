@@ -28,6 +28,7 @@ from .reading import Reader, answer_all
 from .request import GPU_BATCH, Answer, AskRequest, CancelToken, EditRequest, Event, GenerateRequest, Result
 from .room import Room
 from .run import Clock
+from .source import UNVERIFIED, Source
 from .task import Task
 from .tokens import Tokens
 from .verbs import Verbs
@@ -46,18 +47,20 @@ class Worker:
         device: torch.device | None = None,
         budget: int | None = None,
         say: Callable[[str], None] | None = None,
-        reread: Callable[[str], None] | None = None,
+        source: Source | None = None,
+        drop_idle: bool = False,
         release: Callable[[], object] = lambda: None,
     ) -> None:
         """`model` = family.build(config), filled, with the recipe's layers; its parameters say which precision is used.
 
         `device`: where it computes, by default where it is. `budget`: bytes that its weights and activations may take
-        there; what does not fit waits in the host's memory, and `say` hears where everything lies. `reread(part)` fills
-        a part anew: with it, parts that a kind of request does not need do not wait there. `release` is called once,
-        when the engine is closed or forgotten.
+        there; what does not fit waits in the host's memory, and `say` hears where everything lies. `source`: what reads
+        parts anew; with `drop_idle`, which needs it, parts that a kind of request does not need do not wait there.
+        `release` is called once, when the engine is closed or forgotten.
         """
         place = device or next(model.parameters()).device
         self.loaded: Loaded | None = Loaded(family, model, tokens, place)
+        self.source, reread = source, source.reread if drop_idle else None
         self.placing = None if budget is None else Placing(self.loaded, recipe, budget, say or str, reread)
         self.name, self.config, self.recipe, self.quant = name, self.loaded.config, recipe, recipe.scheme
         self.device, self.dtype = self.loaded.device, self.loaded.dtype
@@ -82,7 +85,7 @@ class Worker:
         with self.lock:
             if self.loaded is not None:
                 self.loaded.model.graphs.clear()  # which hold the model that holds them
-            self.loaded = self.placing = None
+            self.loaded = self.placing = self.source = None
             if self.device.type == "cuda":
                 gc.collect()  # a mover and the model it has hooks in hold each other
                 torch.cuda.empty_cache()
@@ -127,12 +130,12 @@ class Worker:
             )
 
     def _answers(self, picture: Image.Image, requests: Sequence[AskRequest], cancel: CancelToken) -> list[Answer]:
-        with self._working("answering") as loaded:
+        with self._working("answering", answering=True) as loaded:
             return answer_all(self._reader(loaded, picture, requests), requests, cancel, self._settings)
 
     def _stream(self, picture: Image.Image, request: AskRequest, cancel: CancelToken) -> Generator[str]:
         # The lock is taken when reading begins; it goes when the generator ends, is closed, or is collected.
-        with self._working("answering") as loaded:
+        with self._working("answering", answering=True) as loaded:
             text = loaded.tokens.stream()
             for token in self._reader(loaded, picture, [request]).answer(request, cancel):
                 if piece := text.push(token):
@@ -144,6 +147,8 @@ class Worker:
     def _reader(self, loaded: Loaded, picture: Image.Image, requests: Sequence[AskRequest]) -> Reader:
         if "ask" not in loaded.family.kinds:
             raise UsageError("this model does not answer questions", "ask another one, such as unipic")
+        if loaded.family.tuned and not (self.source and self.source.untuned):
+            warnings.warn(UNVERIFIED, UnipicWarning, stacklevel=3)
         room = Room(loaded)
         if self.placing:
             longest = max((r.question for r in requests), key=lambda text: len(loaded.tokens.encode(text)))
@@ -159,14 +164,24 @@ class Worker:
         return found
 
     @contextmanager
-    def _working(self, doing: str) -> Iterator[Loaded]:
+    def _working(self, doing: str, answering: bool = False) -> Iterator[Loaded]:
         """Alone on the engine, counting memory, and failing as a UnipicError when memory runs out."""
         with self.lock, out_of_memory(doing), current(self.device):
             if self.loaded is None:
                 raise UsageError("this engine is closed", "load it again with Engine.from_pretrained")
             reset_memory_peak(self.device)
             with self.placing.running() if self.placing else nullcontext():
+                self._fill(answering)
                 yield self.loaded
+
+    def _fill(self, answering: bool) -> None:
+        """Exchange the weights of parts that have others than answers, or pictures, want."""
+        if self.source and (stale := self.source.stale(answering)):
+            if self.placing:
+                self.placing.forget(stale)
+            else:
+                self.loaded.model.graphs.clear()
+            self.source.fill(answering)
 
     def _settings(self, task: str, **what: Any) -> dict[str, Any]:
         """What a PNG and `--json` tell about an image or an answer; fields that were not set are left out."""

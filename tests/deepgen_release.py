@@ -1,6 +1,10 @@
-"""A DeepGen 1.0 with small random weights in its released layouts, written from the names that the originals have."""
+"""A DeepGen 1.0 with small random weights in its released layouts, written from the names that the originals have.
+
+`python tests/deepgen_release.py FOLDER` writes that for diffusers.
+"""
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -209,3 +213,7 @@ def with_small_files(folder: Path, language_model: str) -> Path:
         path.write_text(json.dumps(content), encoding="utf-8")
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\nĠ a\n", encoding="utf-8")
     return folder
+
+
+if __name__ == "__main__":
+    release(Path(sys.argv[1]))

@@ -20,7 +20,7 @@ ENGINE = (
     "models",
     "families",
     "verbs run text prepare reading making room loaded",
-    "plan kept_plans residency mover transfer forecast nvml budget limits allocator placing weights hub pins "
+    "plan kept_plans residency mover transfer forecast nvml budget limits allocator placing weights source hub pins "
     "checkpoint.convert",
     "engine worker loading outline choosing estimate arguments saving facts info",
     "timeline plot fits doctor",

@@ -1,5 +1,7 @@
 """A released checkpoint -> our folder: `config.json`, safetensors shards, tokenizers, `manifest.json`.
 
+What an update was merged into is kept as it was before as well, in shards of their own in the folder `untuned`.
+
 One pass, tensor by tensor, types kept. The shards are planned from shapes alone and their headers written first, so
 memory holds one tensor part at a time; parts of a fused tensor simply follow each other in the file, in the widest of
 their types. With `quant`, what that changes is in memory whole, with its float32 copies, one tensor at a time.
@@ -8,14 +10,16 @@ their types. With `quant`, what that changes is in memory whole, with its float3
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import nn
 
+from ...quant.recipe import Recipe
 from ...quant.swap import Change
 from .. import families
 from ..errors import CorruptWeightsError, ModelMissingError, OutputError, UsageError
@@ -24,8 +28,9 @@ from . import manifest
 from .config_file import write_config_file
 from .differences import SHOWN
 from .manifest import Progress
+from .parts import ReleasedTensor
 from .safe_files import TYPES
-from .shards import INT8
+from .shards import INT8, UNTUNED
 
 SHARD = 2 * 10**9  # bytes
 SPARE = 16 * 2**20  # bytes of disk besides the tensors
@@ -62,12 +67,14 @@ def convert(
     src: Path,
     dst: Path,
     on_progress: Progress | None = None,
-    family: str = "unipic",
+    family: str | None = None,
     origin: dict[str, Any] | None = None,
     replace: Check | None = None,
     quant: str = "none",
 ) -> Path:
     """Convert the released folder `src` into the new folder `dst`; returns `dst`. `quant` is none or int8.
+
+    `family`: by default the one whose layout it has.
 
     If `dst` is the conversion of `src` already, every file of it is verified and it is kept; anything else that is
     there is an error. With `replace`, a `dst` that this check refuses, or that was made of something else, stays
@@ -79,6 +86,7 @@ def convert(
             f"quant {quant!r:.80} cannot be stored", "convert for none or int8; others are made on loading"
         )
     src, dst = Path(src), Path(dst).absolute()
+    family = family or _family_of(src)
     released = families.released(family)
     source = state(src, family, quant)
     if replace is None and _is_done(dst, source, partial(manifest.verify, on_progress=on_progress)):
@@ -87,15 +95,27 @@ def convert(
         if _may_stay(dst, source, replace) if replace else _is_done(dst, source, manifest.check):
             return dst  # another process was faster
         with released.Released(src) as checkpoint:
-            writer = _Writer(checkpoint, family, quant, on_progress)
-            _check_space(dst.parent, writer.total)
+            sets = {"": checkpoint.tensors, UNTUNED: checkpoint.untuned}
+            build = partial(families.model(family).build, checkpoint.config)
+            recipe = families.recipe(family, quant)
+            writers = {name: _Writer(tensors, build, recipe, on_progress) for name, tensors in sets.items() if tensors}
+            _check_space(dst.parent, sum(writer.total for writer in writers.values()))
             told = {**(origin or {}), **source, **_ignored(checkpoint.ignored)}
             with manifest.publishing(dst, told, on_progress, replace is not None) as folder:
                 write_config_file(folder, family, checkpoint.config.to_json(), quant)
                 for name, text in checkpoint.tokenizers.items():
                     (folder / name).write_text(text, encoding="utf-8")
-                writer.write(folder)
+                for name, writer in writers.items():
+                    writer.write(folder / name)
     return dst
+
+
+def _family_of(src: Path) -> str:
+    found = families.of_released(src)
+    if found is None:
+        what = f"{src} holds no released checkpoint that is known"
+        raise ModelMissingError(what, f"give the folder of one of {', '.join(families.FAMILIES)}")
+    return found.name
 
 
 def state(src: Path, family: str, quant: str = "none") -> dict[str, Any]:
@@ -172,14 +192,18 @@ def _by_source(tensors: dict[str, Output], names: Iterable[str]) -> dict[str, li
 
 
 class _Writer:
-    """The shards of one checkpoint."""
+    """The shards of one set of weights."""
 
-    def __init__(self, checkpoint: Any, family: str, quant: str, on_progress: Progress | None) -> None:
-        self.stored, self.on_progress, self.done = checkpoint.tensors, on_progress, 0
-        self.metadata = {"format": "pt", **(INT8 if quant == "int8" else {})}
-        recipe = families.recipe(family, quant)
-        model = prepared(partial(families.model(family).build, checkpoint.config), recipe)
-        self.change = Change(model, recipe)
+    def __init__(
+        self,
+        tensors: Mapping[str, ReleasedTensor],
+        build: Callable[[], nn.Module],
+        recipe: Recipe,
+        on_progress: Progress | None,
+    ) -> None:
+        self.stored, self.on_progress, self.done = tensors, on_progress, 0
+        self.metadata = {"format": "pt", **(INT8 if recipe.scheme == "int8" else {})}
+        self.change = Change(prepared(build, recipe), recipe)
         self.change.gains = {name: self.whole(name) for name in self.change.reads}
         self.outputs = {
             made: Output(dtype or tensor.dtype, shape, name)
@@ -189,6 +213,7 @@ class _Writer:
         self.total = sum(map(nbytes, self.outputs.values()))
 
     def write(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
         shards = plan_shards(self.outputs)
         for shard in shards:
             header, starts = _header(shard, self.outputs, self.metadata)

@@ -105,7 +105,8 @@ def write(folder: Path, source: dict[str, Any], on_progress: Progress | None = N
     path = folder / NAME
     path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     _flush(path)
-    _flush(folder)
+    for place in {folder, *(path.parent for path in paths)}:
+        _flush(place)
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -10,17 +10,19 @@ from ..errors import CorruptWeightsError, ModelMissingError
 from .cache import again
 from .safe_files import SafeFiles
 
+UNTUNED = "untuned"  # the folder inside it with some parts' weights as they were before an update was merged in
 INT8 = {"quant": "int8", "quant_format": str(FORMAT)}  # the metadata of a file with int8 weights
 
 
 class Shards(SafeFiles):
     """A context manager. Opening and reading raise CorruptWeightsError, a folder without files ModelMissingError."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, which: str = "") -> None:
+        """`which` set of weights: UNTUNED or, by default, what the model is."""
         self.folder = folder
-        paths = sorted(folder.glob("*.safetensors"))
+        paths = sorted((folder / which).glob("*.safetensors"))
         if not paths:
-            raise ModelMissingError(f"{folder} holds no safetensors", again(folder))
+            raise ModelMissingError(f"{folder / which} holds no safetensors", again(folder))
         super().__init__(paths, again(folder))
         try:
             self.scheme = self._scheme()

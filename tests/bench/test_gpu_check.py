@@ -44,7 +44,7 @@ def test_parts_get_what_is_left_of_the_whole_time(tmp_path):
     assert statuses["environment"] == 0 and statuses["compile"] == statuses["parity"] == 124
     assert (tmp_path / "out" / "compile.log").read_text().endswith("told\n")
     assert "no time" in (tmp_path / "out" / "parity.log").read_text()
-    assert [*statuses][-1] == "batch-of-4"
+    assert [*statuses][-1] == "deepgen"
 
 
 @pytest.fixture
@@ -59,13 +59,17 @@ def uninstalled(tmp_path):
 
 def test_a_dry_run_reaches_every_part(tmp_path, uninstalled):
     environment = {**uninstalled, "DRY_RUN": "1", "OUT": str(tmp_path / "out")}
-    done = subprocess.run(["bash", SCRIPT], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(["bash", SCRIPT], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=540)
     (summary,) = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json"))
     parts = summary["parts"]
     assert {"environment", "compile", "gpu-tests", "ops", "parity", "latency", "int8", "vram"} <= set(parts)
     assert parts["parity"]["result"]["passed"] and parts["latency"]["result"]["tasks"].keys() == {"gen", "edit", "ask"}
     assert parts["vram"]["result"]["passed"] and parts["torch-only"]["result"]["passed"]
     assert parts["batch-of-4"]["result"]["batch"] == 4 and parts["int8"]["result"]["quant"] == "int8"
+    deepgen = {name: parts[name]["result"] for name in ("deepgen", "deepgen-bf16", "deepgen-int8", "deepgen-classes")}
+    assert all("deepgen" in found["model"] and found["passed"] for found in deepgen.values())
+    assert deepgen["deepgen"]["tasks"].keys() == {"edit", "ask"} and deepgen["deepgen-int8"]["quant"] == "int8"
+    assert {*deepgen["deepgen-bf16"]["tasks"]["gen"]["plan"]["stages"]} >= {"look", "read", "sample"}
     assert "skipped" in (tmp_path / "out" / "gpu-tests.log").read_text()
     failed = {name for name, part in parts.items() if part["status"]}
     assert (done.returncode != 0) == bool(failed) and failed <= {"environment"}, done.stdout

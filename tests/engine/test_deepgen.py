@@ -1,6 +1,7 @@
 """DeepGen through the engine, with small random weights: gen, edit with several pictures, ask, budgets, refusals."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,15 +10,18 @@ import pytest
 import torch
 from PIL import Image
 from unipic_run import Engine
+from unipic_run.engine import gpus
 from unipic_run.engine.errors import BudgetError, UnipicWarning, UsageError
+from unipic_run.engine.forecast import Forecast
 from unipic_run.engine.layers.attention import Attention
-from unipic_run.engine.loaded import Loaded
+from unipic_run.engine.loaded import Loaded, Placed
 from unipic_run.engine.models.deepgen import model as deepgen
 from unipic_run.engine.models.deepgen.limits import fitted_size, question_size
 from unipic_run.engine.models.deepgen.sampler import Levels
 from unipic_run.engine.noise import FlowTape, PhiloxNoise, Stream
 from unipic_run.engine.plan import META, dry_run, shapes
 from unipic_run.engine.request import CancelToken
+from unipic_run.engine.residency import describe, fit
 from unipic_run.engine.task import Batch, Task
 from unipic_run.quant.recipe import NONE
 
@@ -137,12 +141,31 @@ def test_a_smaller_budget_moves_more_and_changes_nothing(engine):
             lines.append(bounded.placing.line)
             assert away(made, expected) <= 1, lines[-1]
             budgets.append(bounded.placing.placement.peak - 1)
-        assert len(lines) >= 3 and "streamed" in lines[-1], lines
+        assert len(lines) >= 3 and "modulation" in lines[-1].partition(" streamed")[0], lines
         bounded.placing.budget = budgets[-2]
         how = {"res": 64, "max_new_tokens": 3}
         assert bounded.ask(photo(), "what?", **how).ids == engine.ask(photo(), "what?", **how).ids
         bounded.placing.budget = 2**40
         assert away(bounded.edit(photo(), "make it night", **HOW).images[0], expected) <= 1
+
+
+def test_guidance_in_two_passes_changes_nothing_and_is_taken_where_it_is_what_fits(engine):
+    loaded, rows = engine.loaded, []
+    task = Task("edit", 4, 4, 2, 3.0, "constant", 1.0, sources=(torch.zeros(1, 3, 64, 64),) * 8)
+    forecast = Forecast(loaded, NONE, gpus.card("rtx4090"))
+    work = forecast.work((), task, ["join them"], 1, previews=False)
+    beside, after = (stages[3] for stages in (work.batches[1], work.apart))
+    assert after.activation < 0.75 * beside.activation and (beside.passes, after.passes) == (2, 4)
+    found = fit(replace(work, batches={1: (beside,)}, apart=(after,)), beside.activation - 1)
+    assert found.apart and "guidance in two passes" in describe(found)
+    assert not forecast.work((), replace(task, guidance=1.0), ["join them"], 1, previews=False).apart
+
+    hook = loaded.model.dit.blocks[0].register_forward_hook(lambda block, given, made: rows.append(len(given[0])))
+    with Engine(loaded.family, loaded.model, loaded.tokens, "tiny", NONE, loaded.device) as other:
+        other.loaded = replace(loaded, placed=Placed(apart=True))
+        made = [e.edit(photo(), "join them", references=[photo()], **HOW).images[0] for e in (engine, other)]
+    hook.remove()
+    assert rows == [2, 2, 1, 1, 1, 1] and away(*made) <= 1
 
 
 def test_only_the_transformer_is_needed_while_denoising(engine):

@@ -228,7 +228,7 @@ def test_numpy_integers_are_welcome(tiny_engine: Engine) -> None:
 
 
 def test_a_negative_prompt_without_guidance_is_noted(tiny_engine: Engine) -> None:
-    with pytest.warns(UnipicWarning, match="no effect at guidance 1"):
+    with pytest.warns(UnipicWarning, match="steers nothing at guidance 1"):
         tiny_engine.generate("a cat", negative="blur", guidance=1.0, **QUICK)
 
 

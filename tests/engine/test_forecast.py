@@ -42,9 +42,9 @@ def runs(monkeypatch):
     """The prompts of every dry run that is made."""
     made = []
 
-    def counted(loaded, task, batch, bands):
+    def counted(loaded, task, batch, others):
         made.append(batch.prompts)
-        return dry_run(loaded, task, batch, bands)
+        return dry_run(loaded, task, batch, others)
 
     monkeypatch.setattr(forecast, "dry_run", counted)
     return made
@@ -118,7 +118,7 @@ def test_what_is_kept_holds_for_every_request_that_finds_it(loaded, runs):
 def test_bands_and_previews_are_what_a_run_with_them_takes(loaded, monkeypatch):
     monkeypatch.setattr("unipic_run.engine.run.to_images", lambda levels: ())  # which has no values here
     batch = Batch(["a red fox"], [PhiloxNoise(0)])
-    plan = dry_run(loaded, TASK, batch, bands=True)
+    plan = dry_run(loaded, TASK, batch, others=True)
     assert plan.stages == dry_run(loaded, TASK, batch).stages | {BANDED: plan.stages[BANDED]}, "it changes nothing else"
     assert peak(followed(loaded), "decode") == plan.stages["decode"].peak_bytes > plan.stages[BANDED].peak_bytes
     tight = replace(loaded, placed=Placed(bands=True))

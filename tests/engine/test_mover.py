@@ -126,7 +126,9 @@ def placement(where: dict[str, str], early: Iterable[str] = ("think", "write")) 
     moving = {name for name, home in where.items() if home in ("staged", "streamed")}
     stages = {stage: tuple(name for name in needs if name in moving) for stage, needs in NEEDS.items()}
     early = frozenset(early)
-    return Placement(where, stages, early, banded=(), at_once=1, peaks={}, seconds=0.0, split=False, budget=0)
+    return Placement(
+        where, stages, early, banded=(), at_once=1, apart=False, peaks={}, seconds=0.0, split=False, budget=0
+    )
 
 
 def made(lanes: Lanes, on_leave: Callable[[str], None] = lambda part: None) -> tuple[Model, Mover, Tensor]:

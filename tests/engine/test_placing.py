@@ -61,7 +61,7 @@ def test_what_cannot_fit_says_what_could(under):
         engine.generate("a red fox", **HOW)
 
 
-@pytest.mark.parametrize("fails", ["loading.weights.assemble", "worker.Placing"])
+@pytest.mark.parametrize("fails", ["loading.Source", "worker.Placing"])
 def test_a_load_that_fails_leaves_torch_its_memory(tiny_release, monkeypatch, card, fails):
     said = []
     monkeypatch.setattr(budget, "bound_on", lambda device, vram: 6 * GIB)

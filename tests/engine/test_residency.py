@@ -138,7 +138,9 @@ def test_the_search_misses_nothing() -> None:
             limit = 1.02 * min(seconds for _, seconds, _ in fitting)
             effort, seconds = min((effort, seconds) for _, seconds, effort in fitting if seconds <= limit)
             moved = sum(where != "resident" for where in found.where.values())
-            assert (moved, bool(found.banded)) == effort and found.seconds == pytest.approx(seconds), f"seed {seed}"
+            assert (moved, found.apart, bool(found.banded)) == effort and found.seconds == pytest.approx(seconds), (
+                f"seed {seed}"
+            )
             assert found.peak <= budget
         with pytest.raises(DoesNotFit):
             fit(work, peaks[0] - 1)
@@ -159,12 +161,18 @@ def anything(rng: random.Random) -> Work:
         )
         for index in range(3)
     ]
-    return Work(tuple(parts), {1: tuple(stages)}, link=100.0)
+    apart = tuple(replace(stage, activation=stage.activation // 2, seconds=1.5 * stage.seconds) for stage in stages)
+    return Work(tuple(parts), {1: tuple(stages)}, apart if rng.random() < 0.5 else (), link=100.0)
 
 
-def everything(work: Work) -> list[tuple[int, float, tuple[int, bool]]]:
+def everything(work: Work) -> list[tuple[int, float, tuple[int, bool, bool]]]:
     """(peak, seconds, effort) of every placement, written down anew from what the words mean."""
-    made, stages = [], work.batches[1]
+    both = [(False, work.batches[1])] + [(True, work.apart)] * bool(work.apart)
+    return [found for apart, stages in both for found in every_home(work, stages, apart)]
+
+
+def every_home(work: Work, stages: tuple[Stage, ...], apart: bool) -> list[tuple[int, float, tuple[int, bool, bool]]]:
+    made = []
     kinds = {
         part.name: [
             kind
@@ -192,5 +200,5 @@ def everything(work: Work) -> list[tuple[int, float, tuple[int, bool]]]:
                 here = set(stage.needs)
                 peak = max(peak, memory)
                 seconds += max(transfers, stage.bands.seconds if banded else stage.seconds)
-            made.append((peak, seconds, (sum(home != "resident" for home in homes), bands)))
+            made.append((peak, seconds, (sum(home != "resident" for home in homes), apart, bool(bands))))
     return made

@@ -110,6 +110,7 @@ UPDATED = (
     *(f"vision.blocks.*.{name}.weight" for name in ("qkv", "proj", "gate_up", "down")),
     *(f"vision.merger.{name}.weight" for name in ("fc1", "fc2")),
 )
+TUNED = tuple(dict.fromkeys(name.partition(".")[0] for name in UPDATED))  # the parts with such
 # The output layer is tied to the embedding, and pictures need neither.
 IGNORED = ("vlm.lm_head.weight", "lmm.lm_head.lora_A.default.weight", "lmm.lm_head.lora_B.default.weight")
 # Prefixes that the files of some versions of transformers have -> those of the others.

@@ -1,12 +1,11 @@
 """Sizes of pictures, and what the model cannot do: checked before any work, since nothing fails loudly later."""
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
-from ...errors import UnipicWarning, UsageError
+from ...errors import UsageError
 from ...picture import resize
 from ...request import PATCH
 from ...task import Task
@@ -19,7 +18,6 @@ from .vision import PATCH as SEEN
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", IMAGE)
 CELL = SEEN * MERGE  # pixels of a token's side where Qwen2.5-VL looks at a picture as it was trained to
-UNVERIFIED = "answers are unverified: the language model inside was tuned to condition pictures, not to answer"
 
 
 def max_image_tokens(config: DeepGenConfig) -> int:
@@ -99,17 +97,7 @@ def check_texts(config: DeepGenConfig, tokens: Tokens, task: Task, texts: Mappin
 
 
 def check_question(config: DeepGenConfig, tokens: Tokens, size: tuple[int, int], question: str, limit: int) -> int:
-    """Positions behind the picture that a question and its answer may take. Raises UsageError if there are not enough.
-
-    Says what such answers are worth.
-    """
-    room = room_to_answer(config, tokens, size, question, limit)
-    warnings.warn(UNVERIFIED, UnipicWarning, stacklevel=2)
-    return room
-
-
-def room_to_answer(config: DeepGenConfig, tokens: Tokens, size: tuple[int, int], question: str, limit: int) -> int:
-    """The same, without a word."""
+    """Positions behind the picture that a question and its answer may take. Raises UsageError if they are too few."""
     refuse_special(question)
     before, _, after = (tokens.encode(part) for part in turn("ask", question, 1).partition(IMAGE))
     return room_behind(before, size[0] // CELL * (size[1] // CELL), after, limit, config.llm.max_positions)

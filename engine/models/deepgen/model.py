@@ -29,6 +29,7 @@ from . import conditioner
 from .conditioner import Grid, PictureCache, Row, as_row, positions, side_by_side, tapped, with_queries
 from .config import DeepGenConfig as Config
 from .connector import Connector
+from .keys import TUNED as tuned  # noqa: F401 (the engine asks the family)
 from .limits import (  # noqa: F401 (the engine asks the family)
     check_prompts,
     check_question,
@@ -47,8 +48,9 @@ kinds = ("generate", "edit", "ask")
 fits = ("keep", "longest", "crop")
 posteriors = ("sample", "mean")
 most_sources = 8
+parts_guidance = True
 lookups = {"look": ("embed",), "condition": ("embed",)}  # the latter of a question
-stacks = ("llm", "vision", "dit")
+stacks = ("llm", "vision", "modulation", "dit")
 # Costs the same for equal shapes, so a dry run looks once.
 repeated = (
     ("vision.blocks.*", "forward"),
@@ -243,7 +245,7 @@ def sample(model: DeepGen, conditions: Conditions, task: Task, batch: Batch, sch
     like, shape = prompts[0].text, latents(model.config, 1, task.rows, task.columns)[1:]
     how, pictures = (batch.noises, task.posterior == "mean"), enumerate(conditions.pictures)
     references = [posterior(model.config, picture, index, *how) for index, picture in pictures]
-    sampler = Sampler(model, prompts, references, task.guidance)
+    sampler = Sampler(model, prompts, references, task.guidance, batch.apart)
     x = torch.stack([noise.flow_start(shape, like.device) for noise in batch.noises]).to(like.dtype)
     for step in range(len(schedule)):
         x, clean = sampler.step(x, schedule, step)

@@ -1,7 +1,8 @@
 """The adaLN modulations of the diffusion transformer (arXiv 2212.09748), of all steps at once.
 
 They depend on nothing but the timestep and the pooled prompt, and their weights are a third of the transformer's. So
-they are a part of their own, which is done before the first step: afterwards only the table is needed.
+they are a part of their own, which is done before the first step: afterwards only the table is needed. A layer is used
+once for all steps and rows, so under a small budget they come block by block.
 
 A row of a table has chunks of D columns, block after block and then for the output, as the layers that make them:
 

@@ -1,7 +1,7 @@
 """A released DeepGen 1.0 in either of its layouts (layout.py): configuration, tokenizer, tensors under our names."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ Records = dict[str, Part]  # by released name
 class Released:
     """An open released folder: `config`, `tensors` by our name, `tokenizers` as JSON text by file. A context manager.
 
+    `untuned`: where an update of the language model lies apart from it, the tensors of the updated parts without it.
     `ignored` lists the tensors of a native file that belong to none of the components. Raises ModelMissingError,
     CorruptWeightsError.
     """
@@ -48,8 +49,10 @@ class Released:
                     config = found.small()["transformer"]
                     records[keys.POSITIONS] = positions(config, records[PATCHES].shape)
                 self.config = self.read_config(found, {name: record.shape for name, record in records.items()}, ids)
-                rows = self.table(records)
-                self.tensors = _tensors(rows, self.config, records, self.unused, updated=found.native is not None)
+                rows, updated = self.table(records), found.native is not None
+                self.tensors = _tensors(rows, self.config, records, self.unused, updated)
+                tuned = {name: names for name, names in rows.items() if name.partition(".")[0] in keys.TUNED}
+                self.untuned = _joined(tuned, self.config, records) if updated else {}
                 expected = self.expected()
             except ValueError as error:
                 raise CorruptWeightsError(f"{folder}: {error}", _AGAIN) from None
@@ -129,8 +132,11 @@ def _tensors(
         missing=[name for name in sorted(used) if name not in records],
         unexpected=[name for name in records if name not in used and name not in unused],
     )
-    parts: dict[str, Part] = {name: records[name] for names in rows.values() for name in names}
-    parts |= {name: _merged(name, records[name], records[a], records[b]) for name, (a, b) in updates.items()}
+    merged = {name: _merged(name, records[name], records[a], records[b]) for name, (a, b) in updates.items()}
+    return _joined(rows, config, {**records, **merged})
+
+
+def _joined(rows: keys.Rows, config: Any, parts: Mapping[str, Part]) -> dict[str, ReleasedTensor]:
     shaped = _shapes(config, rows)
     return {
         name: joined(name, [shaped.get(name, _as_it_is)(parts[theirs]) for theirs in names])

@@ -1,5 +1,6 @@
 """The denoising steps of one batch of DeepGen 1.0: flow matching by Euler's method, guidance as more rows.
 
+These are one batch of the transformer, or two: that halves what a step holds, and reads the weights twice.
 Letters: B pictures, R guidance rows (B, or 2B with guidance: conditional rows first), C latent channels, S steps,
 M text tokens.
 """
@@ -54,10 +55,17 @@ class Group:
 
 class Sampler:
     def __init__(
-        self, model: nn.Module, prompts: Sequence[Guided], references: Sequence[Tensor], guidance: float
+        self,
+        model: nn.Module,
+        prompts: Sequence[Guided],
+        references: Sequence[Tensor],
+        guidance: float,
+        apart: bool = False,
     ) -> None:
-        """`model`: a DeepGen; `prompts`: one a picture; `references`: latents (B, C, h, w) of every source."""
-        self.model, self.guidance = model, guidance
+        """`model`: a DeepGen; `prompts`: one a picture; `references`: latents (B, C, h, w) of every source; `apart`:
+        unconditional rows come after the conditional ones, not beside them.
+        """
+        self.model, self.guidance, self.apart = model, guidance, apart
         tokens = [model.dit.embed(latents) for latents in references]
         seen = torch.cat(tokens, dim=1) if tokens else None
         self.groups = [self.grouped(images, prompts, seen) for images in by_length(prompts)]
@@ -78,9 +86,15 @@ class Sampler:
 
     def rows(self, latents: Tensor, group: Group, step: int) -> Tensor:
         """The velocities of a group (R, C, h, w), unguided."""
-        given = latents, group.context, group.modulation(step), group.references
+        given = group.context, group.modulation(step)
+        passes = zip(*(x.chunk(2) for x in given), strict=True) if self.apart and self.guidance != 1.0 else [given]
+        return torch.cat([self.transformed(latents, *one, group.references) for one in passes])
+
+    def transformed(self, latents: Tensor, context: Tensor, modulation: Tensor, references: Tensor | None) -> Tensor:
+        """The transformer's velocities of as many rows as `context` has."""
+        given = latents, context, modulation, references
         key = tuple(x if x is None else tuple(x.shape) for x in given)
-        return self.model.graphs.run("round", key, self.model.dit, given)
+        return self.model.graphs.run("round", key, self.model.dit, given).clone()  # the next call may overwrite it
 
     def guided(self, velocity: Tensor) -> Tensor:
         """(R, C, h, w) to (B, C, h, w), in the model's precision."""

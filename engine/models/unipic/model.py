@@ -47,6 +47,8 @@ kinds = ("generate", "edit", "inpaint", "ask")
 fits = ("keep", "crop")
 posteriors = ("mean",)
 most_sources = 1
+parts_guidance = False
+tuned = ()
 
 
 def needs(kind: str) -> dict[str, tuple[str, ...]]:

@@ -2,11 +2,12 @@
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 from ...checkpoint.differences import refuse, refuse_differences
-from ...checkpoint.parts import Stored, joined
+from ...checkpoint.parts import ReleasedTensor, Stored, joined
 from ...checkpoint.pickle_reader import TorchCheckpoint
 from ...errors import CorruptWeightsError, ModelMissingError
 from . import keys
@@ -24,6 +25,8 @@ class Released:
 
     `ignored` lists the released tensors that have no place in the model, besides those that are known to be of no use.
     """
+
+    untuned: ClassVar[dict[str, ReleasedTensor]] = {}  # nothing in this layout is an update of something else
 
     def __init__(self, folder: Path) -> None:
         self.folder = locate(folder)

@@ -216,7 +216,7 @@ def test_positions_that_cannot_be_made_are_refused(copy):
 
 
 def test_a_converted_folder_loads_and_says_what_it_is(tiny_deepgen, tmp_path):
-    dst = convert(tiny_deepgen, tmp_path / "out", family="deepgen")
+    dst = convert(tiny_deepgen, tmp_path / "out")  # which sees what it is
     family, config = families.read(dst)
     assert family.name == "deepgen" and config.connector.taps == 3 and manifest.verify(dst)
     model = weights.assemble(partial(families.model("deepgen").build, config), NONE, dst, "cpu", torch.float32)

@@ -35,8 +35,10 @@ kinds = ("generate", "edit")
 fits = ("longest", "crop")
 posteriors = ("sample", "mean")
 most_sources = 1  # which the result has the size of
+parts_guidance = True
+tuned = ()
 lookups: Mapping[str, Sequence[str]] = {}
-stacks = ("t5", "dit")
+stacks = ("t5", "modulation", "dit")
 # Costs the same for equal shapes, so a dry run looks once.
 repeated = (("dit", "forward"), ("dit.blocks.*", "forward"))
 

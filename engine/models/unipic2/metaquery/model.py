@@ -17,9 +17,15 @@ from ....task import Batch, Task
 from ....tokens import Tokens
 from ...deepgen.conditioner import PictureCache, Row, as_row, in_a_row, last_states, with_queries
 from ...deepgen.config import DeepGenConfig as Config
-from ...deepgen.limits import check_task, check_texts, max_image_tokens, question_picture, question_size  # noqa: F401
-from ...deepgen.limits import room_to_answer as check_question  # noqa: F401
-from ...deepgen.model import (  # noqa: F401 (the engine asks the family)
+from ...deepgen.limits import (  # noqa: F401 (the engine asks the family)
+    check_question,
+    check_task,
+    check_texts,
+    max_image_tokens,
+    question_picture,
+    question_size,
+)
+from ...deepgen.model import (  # noqa: F401 (as above)
     Conditions,
     DeepGen,
     Picture,
@@ -49,6 +55,8 @@ kinds = ("generate", "edit", "ask")
 fits = ("longest", "crop")
 posteriors = ("sample", "mean")
 most_sources = 1  # which the result has the size of
+parts_guidance = True
+tuned = ()
 
 
 def needs(kind: str) -> dict[str, tuple[str, ...]]:
