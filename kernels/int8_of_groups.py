@@ -8,8 +8,8 @@
 Sums within a group are exact. Each costs an addition and a multiplication then, which a product of 128 int8 operands
 hides at best, and counts as if it did not. No conversion: sums begin at a whole number whose bits are a float's, and
 end as the bits of that float plus the sum.
-Called for the MLPs of 8-bit models (engine/layers/linear.py), and behind their language model's attention, whose heads
-are such groups. Letters: M rows, K inputs, N outputs.
+Called for the MLPs of 8-bit models (engine/layers/linear.py), those of the head included, and behind their language
+model's attention, whose heads are such groups. Letters: M rows, K inputs, N outputs.
 """
 
 from dataclasses import replace
@@ -186,6 +186,10 @@ def int8_linear_of_groups_cases() -> list[Case]:
         Case("LLM o, 400 rows", make(400, 1536, 1536, bias=False, residual=True), "aot gpu"),
         Case("MAR fc2, 8320 rows", make(8320, 5120, 1280, residual=True), "aot gpu"),
         Case("DiT fc2, a gate a picture", make(8192, 6144, 1536, residual=True, gates=2), "aot gpu"),
+        *(
+            Case(f"head fc2, {rows} rows", make(rows, 1536, 1536, residual=True, gates=rows), "aot gpu")
+            for rows in (10, 200, 402, 1604)
+        ),
         Case("tails of rows and columns", make(19, 384, 37, residual=True, dtype=torch.float32)),
         Case("a gate a row, no bias", make(6, 256, 48, residual=True, gates=6, bias=False)),
         Case("one row, one group, float16", make(1, 128, 16, dtype=torch.float16)),
