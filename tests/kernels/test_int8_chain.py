@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_said():
         ("x_scale is", int8_linear_to_groups, (x, scale[:, :3], weight, steps)),
         ("192 columns, of which 1 are mixed", int8_linear_to_groups, (x, scale, weight, steps, None, "swiglu")),
         ("384 columns, of which 64 are mixed", int8_linear_to_groups, (x, scale, weight, steps, None, "none", 64)),
-        ("no groups of 128", int8_linear_of_groups, (x, scale, weight, steps)),
+        ("no groups of 64 to 128", int8_linear_of_groups, (x, scale, weight, steps)),
         ("heads of 48 columns", int8_linear_to_heads, (x, scale, weight, steps, None, 4, 1)),
         ("bias is \\(3,\\)", int8_linear_to_heads, (x, scale, weight, steps, torch.ones(3), 2, 1)),
         ("L > 0", keys_off, (x[:, :0], scale[:, :0], weight, steps, None, 0, 192)),
