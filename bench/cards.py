@@ -5,6 +5,7 @@
     python bench/cards.py --check    predicts anew and compares: exit status 1 where either says something else
 
 Everything comes from the dry run and the fixed rates of engine/gpus.py; nothing is measured, and no GPU is needed.
+Where all weights are resident the file also has the seconds without what is beside products (`Cost.beside`).
 """
 
 import argparse
@@ -18,7 +19,8 @@ from typing import Any
 from unipic_run.bench.checkout import require_this_checkout
 from unipic_run.engine import gpus
 from unipic_run.engine.errors import BudgetError
-from unipic_run.engine.estimate import estimate
+from unipic_run.engine.estimate import ask_for, told
+from unipic_run.engine.plan import BANDED, Plan
 
 CARDS = (  # GiB that may be used, and whose rates
     (4, "rtx3050-6g"),  # no card of 4 GiB is listed: this one, held to it
@@ -68,12 +70,24 @@ def predicted() -> list[dict[str, Any]]:
 
 def row(gib: int, gpu: str, precision: str, res: int) -> dict[str, Any]:
     what = {"vram_gib": gib, "gpu": gpu, "precision": precision, "res": res}
+    asked = ask_for("unipic", "gen", res=res, gpu=gpu, vram=gib, **PRECISIONS[precision])
     try:
-        placement = estimate("unipic", "gen", res=res, gpu=gpu, vram=gib, **PRECISIONS[precision])["placement"]
+        placement = told(asked)["placement"]
     except BudgetError as error:
         return what | {"plan": error.what, "seconds": None, "peak_bytes": None}
     plan = placement["line"].rpartition("; ")[0]
-    return what | {"plan": plan, "seconds": round(placement["seconds"], 3), "peak_bytes": placement["peak_bytes"]}
+    found = {"plan": plan, "seconds": round(placement["seconds"], 3), "peak_bytes": placement["peak_bytes"]}
+    bare = {"without_beside": round(without_beside(asked.plan(1), asked.card), 3)} if plan == "all resident" else {}
+    return what | found | bare
+
+
+def without_beside(plan: Plan, card: gpus.Card) -> float:
+    """Seconds by the fixed rates alone: of each operation its multiplications or its bytes, and launches."""
+    return sum(
+        times * card.seconds(call.kind, call.precision, call.flop, call.nbytes, call.launches)
+        for call, times in plan.calls.items()
+        if call.stage != BANDED
+    )
 
 
 def differences(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[str]:
@@ -87,9 +101,9 @@ def differences(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> list
         if old is None or (old["plan"], old["seconds"] is None) != (new["plan"], new["seconds"] is None):
             said.append(f"{key}: {new['plan']}, where {old and old['plan']} is kept")
             continue
-        for name in ("seconds", "peak_bytes"):
-            if new[name] is not None and abs(new[name] - old[name]) > TOLERANCE * old[name]:
-                said.append(f"{key}: {name} {new[name]}, where {old[name]} is kept")
+        for name in ("seconds", "peak_bytes", "without_beside"):
+            if new.get(name) is not None and abs(new[name] - old.get(name, 0)) > TOLERANCE * new[name]:
+                said.append(f"{key}: {name} {new[name]}, where {old.get(name)} is kept")
     return [*said, *(f"{key} is kept and no longer predicted" for key in known)]
 
 

@@ -59,7 +59,7 @@ GRIDS: dict[str, dict[str, Sequence[int]]] = {
     "int8_to_groups": PRODUCT,
     "int8_to_heads": PRODUCT,
     "int8_to_rotary": PRODUCT,
-    "head_int8": PRODUCT | {"BLOCK_M": (16, 32, 64), "BLOCK_N": (16, 32, 64, 128, 256)},
+    "head_int8": PRODUCT | {"BLOCK_M": (16, 32, 64), "BLOCK_N": (128, 256)},
     "int8_weight": {
         "BLOCK_N": (2, 4, 8, 16, 32),
         "BLOCK_K": (32, 128, 256, 512, 1024),

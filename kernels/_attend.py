@@ -6,6 +6,7 @@ less than one, 80 = 64 + 16. Scores are in powers of two: log2(e) / sqrt(d) is f
 
 import math
 
+from ._device import rounded_to_int8, row_scale
 from ._op import tl, triton
 
 LOG2_E = 1 / math.log(2)
@@ -74,6 +75,32 @@ def store_means(
     store_rows(ptr, stride, count, state[0] * share, ROWS, 0, FIRST, D)
     if SECOND:
         store_rows(ptr, stride, count, state[1] * share, ROWS, FIRST, SECOND, D)
+
+
+@triton.jit
+def store_whole_means(
+    ptr,  # int8
+    scale_ptr,  # of the first row's scale
+    stride,
+    scale_stride,
+    count,
+    state,
+    ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    D: tl.constexpr,
+):
+    """The same as whole numbers and a scale a row; columns beyond D are zero."""
+    share = (1 / state[3])[:, None]
+    largest = tl.max(tl.abs(state[0] * share), axis=1)
+    if SECOND:
+        largest = tl.maximum(largest, tl.max(tl.abs(state[1] * share), axis=1))
+    scale, row = row_scale(largest), tl.arange(0, ROWS)
+    tl.store(scale_ptr + row * scale_stride, scale, mask=row < count)
+    share *= (1 / scale)[:, None]
+    store_rows(ptr, stride, count, rounded_to_int8(state[0] * share), ROWS, 0, FIRST, D)
+    if SECOND:
+        store_rows(ptr, stride, count, rounded_to_int8(state[1] * share), ROWS, FIRST, SECOND, D)
 
 
 @triton.jit

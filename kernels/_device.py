@@ -57,22 +57,34 @@ def walsh_hadamard_rows(x, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def moments(row_ptr, inside, K: tl.constexpr, BLOCK_M: tl.constexpr, STAT: tl.constexpr):
-    """Mean and variance of rows of K values, each (BLOCK_M) float32; the second read comes from a cache."""
-    total = tl.zeros([BLOCK_M, STAT], tl.float32)
-    for start in tl.range(0, K, STAT, loop_unroll_factor=4):
-        col = start + tl.arange(0, STAT)
-        there = inside[:, None] & (col < K)[None, :]
-        total += tl.load(row_ptr[:, None] + col[None, :], mask=there, other=0.0).to(tl.float32)
-    mean = tl.sum(total, axis=1) / K
-    total = tl.zeros([BLOCK_M, STAT], tl.float32)
-    for start in tl.range(0, K, STAT, loop_unroll_factor=4):
-        col = start + tl.arange(0, STAT)
-        there = inside[:, None] & (col < K)[None, :]
-        x = tl.load(row_ptr[:, None] + col[None, :], mask=there, other=0.0).to(tl.float32)
-        x = tl.where(there, x - mean[:, None], 0.0)
-        total += x * x
-    return mean, tl.sum(total, axis=1) / K
+def moments(row_ptr, K: tl.constexpr, BLOCK_M: tl.constexpr, STAT: tl.constexpr):
+    """Mean and variance of rows of K values, each (BLOCK_M) float32, in one pass; all of row_ptr can be read.
+
+    Sums are of what is above the mean of the first STAT values: where a mean is large, squares of the values themselves
+    would have no digits left for the variance.
+    """
+    FIRST: tl.constexpr = min(K, STAT)
+    near = tl.sum(_above(row_ptr, 0, tl.zeros((BLOCK_M,), tl.float32), K, STAT), axis=1) / FIRST
+    total = tl.zeros((BLOCK_M, STAT), tl.float32)
+    squares = tl.zeros((BLOCK_M, STAT), tl.float32)
+    for start in tl.range(0, K, STAT, loop_unroll_factor=2):
+        x = _above(row_ptr, start, near, K, STAT)
+        total += x
+        squares += x * x
+    more = tl.sum(total, axis=1) / K
+    return near + more, tl.maximum(tl.sum(squares, axis=1) / K - more * more, 0.0)
+
+
+@triton.jit
+def _above(row_ptr, start, near, K: tl.constexpr, STAT: tl.constexpr):
+    """x - near of columns start ..., (rows, STAT); 0 beyond the last."""
+    col = start + tl.arange(0, STAT)
+    if K % STAT:
+        x = tl.load(row_ptr[:, None] + col[None, :], mask=(col < K)[None, :], other=0.0).to(tl.float32)
+        x = tl.where((col < K)[None, :], x - near[:, None], 0.0)
+    else:
+        x = tl.load(row_ptr[:, None] + col[None, :]).to(tl.float32) - near[:, None]
+    return x
 
 
 @triton.jit

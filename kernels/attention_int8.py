@@ -1,5 +1,8 @@
 """Bidirectional attention with its scores in whole numbers: softmax(q8 k8^T * scales / sqrt(d)) v.
 
+    attention_int8        as floats
+    attention_int8_heads  as whole numbers with a scale for each head of a row, for kernels/int8_of_groups.py
+
     q8, k8   int8, one scale a row, from kernels/quantise_qkv.py; the head dim is covered by blocks of at least 32,
              80 = 64 + 32, the least that int8 products take
     v        float16, and so are sums over one block of keys; the sum over blocks is float32
@@ -14,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._attend import LOG2_E, attend_int8, empty_state, head_blocks, load_rows, store_means
+from ._attend import LOG2_E, attend_int8, empty_state, head_blocks, load_rows, store_means, store_whole_means
 from ._op import Case, Cost, Operator, launch, tl, triton
 from ._tuned import tuned
 from .attention import attention_cost, attention_ref, attention_torch
+from .quantise import quantise_rows
 from .quantise_qkv import quantise_qkv, quantise_qkv_cases, quantise_qkv_torch
 
 
@@ -36,6 +40,18 @@ def attention_int8_torch(
     return attention_torch(q, k, v.to(dtype), False)
 
 
+def attention_int8_heads_ref(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor) -> Tensor:
+    """What the results stand for, (B, Lq, H, d)."""
+    return attention_int8_ref(q, q_scale, k, k_scale, v).transpose(1, 2)
+
+
+def attention_int8_heads_torch(
+    q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    y = attention_int8_torch(q, q_scale, k, k_scale, v, torch.float32).transpose(1, 2)
+    return tuple(part.contiguous() for part in quantise_rows(y))
+
+
 @triton.jit(do_not_specialize=["lq", "lk", "heads", "group"])
 def _attention_int8_kernel(
     q_ptr,  # (B, H, Lq, d) int8 contiguous
@@ -44,6 +60,7 @@ def _attention_int8_kernel(
     k_scale_ptr,  # (B, K, Lk)
     v_ptr,  # (B, K, Lk, d) float16 contiguous
     out_ptr,  # (B, Lq, H, d) contiguous
+    out_scale_ptr,  # (B, Lq, H), with WHOLE
     lq,
     lk,
     heads,
@@ -57,6 +74,7 @@ def _attention_int8_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SHIFT: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_M
     batch = (tl.program_id(1) // heads).to(tl.int64)
@@ -82,14 +100,29 @@ def _attention_int8_kernel(
     state = attend_int8(
         state, q0, q1, q_scale, k_ptr, k_scale_ptr, v_ptr, whole, lk, last, D, D0, D1, V0, V1, BLOCK_N, SHIFT, True
     )
-    out_ptr += (batch * lq + first) * heads * D + head * D
-    store_means(out_ptr, heads * D, left, state, BLOCK_M, V0, V1, D)
+    to = (batch * lq + first) * heads + head
+    if WHOLE:
+        store_whole_means(
+            out_ptr + to * D, out_scale_ptr + to, heads * D, heads, left, state, BLOCK_M, V0, V1, D
+        )  # fmt: skip
+    else:
+        store_means(out_ptr + to * D, heads * D, left, state, BLOCK_M, V0, V1, D)
 
 
 def _attention_int8_triton(q, q_scale, k, k_scale, v, dtype):
+    return _launch(q, q_scale, k, k_scale, v, dtype)[0].transpose(1, 2)
+
+
+def _attention_int8_heads_triton(q, q_scale, k, k_scale, v):
+    return _launch(q, q_scale, k, k_scale, v, torch.int8)
+
+
+def _launch(q, q_scale, k, k_scale, v, dtype) -> tuple[Tensor, Tensor]:
+    """(B, Lq, H, d) in `dtype`, and of int8 the scales."""
     q, q_scale, k, k_scale, v = (x.contiguous() for x in (q, q_scale, k, k_scale, v))  # as the quantiser leaves them
     (batch, heads, lq, width), lk = q.shape, k.shape[2]
-    out = torch.empty(batch, lq, heads, width, dtype=dtype, device=q.device)
+    out, whole = torch.empty(batch, lq, heads, width, dtype=dtype, device=q.device), dtype == torch.int8
+    out_scale = torch.empty(out.shape[:3], dtype=torch.float32, device=q.device) if whole else q_scale
     (d0, d1), (v0, v1) = head_blocks(width, 32), head_blocks(width)
     heuristic = {"BLOCK_M": 64, "BLOCK_N": 64 if width <= 64 else 32, "num_warps": 4, "num_stages": 3}
     row = d0 + d1 + 2 * (v0 + v1)  # bytes of a key and a value
@@ -97,7 +130,7 @@ def _attention_int8_triton(q, q_scale, k, k_scale, v, dtype):
     launch(
         _attention_int8_kernel,
         (-(-lq // tile["BLOCK_M"]), batch * heads),
-        *(q, q_scale, k, k_scale, v, out),
+        *(q, q_scale, k, k_scale, v, out, out_scale),
         *(lq, lk, heads, heads // k.shape[1], LOG2_E / width**0.5),
         D=width,
         D0=d0,
@@ -105,14 +138,20 @@ def _attention_int8_triton(q, q_scale, k, k_scale, v, dtype):
         V0=v0,
         V1=v1,
         SHIFT=tile["BLOCK_N"].bit_length() - 1,
+        WHOLE=whole,
         **tile,
     )
-    return out.transpose(1, 2)
+    return out, out_scale
 
 
 def attention_int8_cost(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, dtype: torch.dtype) -> Cost:
     read = sum(x.numel() * x.element_size() for x in (q, q_scale, k, k_scale, v))
     return Cost(attention_cost(q, k, v, False).flop, read + q.numel() * dtype.itemsize)
+
+
+def attention_int8_heads_cost(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor) -> Cost:
+    base = attention_int8_cost(q, q_scale, k, k_scale, v, torch.int8)
+    return replace(base, nbytes=base.nbytes + 4 * q_scale.numel())
 
 
 operator = Operator(
@@ -121,6 +160,18 @@ operator = Operator(
     triton=_attention_int8_triton,
     cost=attention_int8_cost,
 )
+
+_attention_int8_heads = Operator(
+    "attention_int8_heads(Tensor q, Tensor q_scale, Tensor k, Tensor k_scale, Tensor v) -> (Tensor, Tensor)",
+    torch=attention_int8_heads_torch,
+    triton=_attention_int8_heads_triton,
+    cost=attention_int8_heads_cost,
+)
+
+
+def attention_int8_heads(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 (B, Lq, H, d) and scales (B, Lq, H) float32, of what `quantise_qkv` or `int8_linear_to_heads` leaves."""
+    return _attention_int8_heads(q, q_scale, k, k_scale, v)
 
 
 def attention_int8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -139,3 +190,12 @@ def attention_int8_cases() -> list[Case]:
         return replace(case, make=make)
 
     return [quantised(case) for case in quantise_qkv_cases()]
+
+
+def attention_int8_heads_cases() -> list[Case]:
+    """The same, but for the type of the result."""
+
+    def without(case: Case) -> Case:
+        return replace(case, make=lambda device: case.make(device)[:-1])
+
+    return [without(case) for case in attention_int8_cases()]

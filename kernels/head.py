@@ -54,7 +54,7 @@ def _modulated_linear_kernel(
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
-    mean, variance = moments(h_ptr + row * h_stride, inside, K, BLOCK_M, STAT)
+    mean, variance = moments(h_ptr + tl.minimum(row, rows - 1) * h_stride, K, BLOCK_M, STAT)
     inverse = tl.rsqrt(variance + eps)
     y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -237,17 +237,21 @@ def _random(*shape: int, dtype: torch.dtype, device: torch.device | str) -> Tens
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
 
 
+def random_block(rows: int, width: int, out: int, affine: bool = True, dtype: torch.dtype = torch.bfloat16):
+    """Makes a case's arguments of `modulated_linear`; without a norm's weight there is no activation either."""
+
+    def arguments(device):
+        how = {"dtype": dtype, "device": device}
+        shift, scale, _ = _random(rows, 3 * width, **how).chunk(3, dim=-1)
+        norm = (_random(width, **how), _random(1, width, **how)[0]) if affine else (None, None)
+        weight, bias = _random(out, width, **how) * width**-0.5, _random(out, **how)
+        return _random(rows, width, **how), shift, scale, *norm, 1e-6, weight, bias, affine
+
+    return arguments
+
+
 def modulated_linear_cases() -> list[Case]:
-    def make(rows: int, width: int, out: int, affine: bool = True, dtype: torch.dtype = torch.bfloat16):
-        def arguments(device):
-            how = {"dtype": dtype, "device": device}
-            shift, scale, _ = _random(rows, 3 * width, **how).chunk(3, dim=-1)
-            norm = (_random(width, **how), _random(1, width, **how)[0]) if affine else (None, None)
-            weight, bias = _random(out, width, **how) * width**-0.5, _random(out, **how)
-            return _random(rows, width, **how), shift, scale, *norm, 1e-6, weight, bias, affine
-
-        return arguments
-
+    make = random_block
     return [
         *(Case(f"{rows} rows of a block", make(rows, 1536, 1536), "aot gpu") for rows in ROWS),
         *(Case(f"{rows} rows of the final layer", make(rows, 1536, 32, False), "aot gpu") for rows in (10, 402, 804)),

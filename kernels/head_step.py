@@ -78,7 +78,7 @@ def _head_step_kernel(
     TOKENS: tl.constexpr = ROWS // 2 if GUIDED else ROWS
     at = tl.arange(0, ROWS)
     first = tl.program_id(0).to(tl.int64) * TOKENS
-    row = first + at % TOKENS + at // TOKENS * tokens  # the conditional half, then the other
+    row = tl.minimum(first + at % TOKENS, tokens - 1) + at // TOKENS * tokens  # the conditional half, then the other
     inside = first + at % TOKENS < tokens
     out = _final(h_ptr + row * h_stride, scale_ptr + row * scale_stride, weight_ptr, inside, eps,
                  W, C, BLOCK_C, ROWS, BLOCK_K, STAT)  # fmt: skip
@@ -143,7 +143,7 @@ def _final(
     STAT: tl.constexpr,
 ):
     """(LN(h) (1 + scale)) W^T, (ROWS, 2 BLOCK_C) float32: eps and v, each padded."""
-    mean, variance = moments(h_at, inside, W, ROWS, STAT)
+    mean, variance = moments(h_at, W, ROWS, STAT)
     inverse = tl.rsqrt(variance + eps)
     column = tl.arange(0, 2 * BLOCK_C)
     known = column % BLOCK_C < C

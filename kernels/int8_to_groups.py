@@ -96,10 +96,10 @@ def _to_groups_kernel(
         b = _swiglu(gate, up, x_scale, left + WIDE // 2, scale_ptr, bias_ptr, N, BIAS)
         _store(a, b, row, left, m, y_ptr, y_scale_ptr, N, GROUP, ROTATE)
     else:
-        _finish(second, x_scale, row, left + WIDE // 2, m, scale_ptr, bias_ptr, y_ptr, y_scale_ptr, N, GROUP, ROTATE,
-                BIAS, GELU, GELU_TANH, SILU)  # fmt: skip
-        _finish(first, x_scale, row, left, m, scale_ptr, bias_ptr, y_ptr, y_scale_ptr, N, GROUP, ROTATE,
-                BIAS, GELU, GELU_TANH, SILU)  # fmt: skip
+        finish_group(second, x_scale, row, left + WIDE // 2, m, scale_ptr, bias_ptr, y_ptr, y_scale_ptr, N, GROUP,
+                     ROTATE, BIAS, GELU, GELU_TANH, SILU)  # fmt: skip
+        finish_group(first, x_scale, row, left, m, scale_ptr, bias_ptr, y_ptr, y_scale_ptr, N, GROUP, ROTATE,
+                     BIAS, GELU, GELU_TANH, SILU)  # fmt: skip
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def _swiglu(gate, up, x_scale, left, scale_ptr, bias_ptr, N: tl.constexpr, BIAS:
 
 
 @triton.jit
-def _finish(
+def finish_group(
     sums,  # (rows, 128)
     x_scale,
     row,

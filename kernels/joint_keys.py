@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ._op import Case, Cost, Operator, launch, tl, triton
-from ._product import check_product, dequantised, product_operands, whole_sums
+from ._product import check_product, dequantised, whole_sums
 from .int8_linear import int8_linear_ref, int8_linear_torch
 from .int8_to_joint import WIDTH, normed
-from .keys_off import check_sampled, sample
+from .keys_off import check_sampled, sample, sampled_operands
 from .quantise_qkv import SAMPLE
 
 
@@ -112,13 +112,11 @@ def joint_keys_off(
 
 
 def joint_keys_off_cases() -> list[Case]:
-    def make(pictures: int, length: int, k: int, heads: int, **how):
+    def make(pictures: int, length: int, k: int, heads: int, dtype: torch.dtype = torch.bfloat16, bias: bool = True):
         def arguments(device):
-            noise = torch.Generator().manual_seed(0)
-            x = torch.randint(-127, 128, (pictures, length, k), dtype=torch.int8, generator=noise).to(device)
-            x_scale = torch.rand(pictures, length, generator=noise).to(device) / 64
-            weight, scale, bias, *_, dtype = product_operands(device, pictures * length, k, heads * WIDTH, **how)
-            return x, x_scale, weight, scale, bias, torch.randn(WIDTH, generator=noise).to(device, dtype), 1e-6
+            norm = torch.randn(WIDTH, generator=torch.Generator().manual_seed(2)).to(device, dtype)
+            operands = sampled_operands(device, pictures, length, k, heads * WIDTH, dtype=dtype, bias=bias)
+            return *operands, norm, 1e-6
 
         return arguments
 

@@ -7,6 +7,8 @@ does not see what all keys share (kernels/quantise_qkv.py). The vector is the sa
 int8_to_heads.py needs it before any of its programs. Letters: B pictures, L rows of each, K inputs, N outputs.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -129,19 +131,23 @@ def check_sampled(x: Tensor, x_scale: Tensor) -> None:
         raise ValueError(f"x {tuple(x.shape)} and x_scale {tuple(x_scale.shape)} are not (B, L, K) and (B, L), L > 0")
 
 
-def keys_off_cases() -> list[Case]:
-    def make(b: int, length: int, k: int, n: int, begin: int, end: int, **how):
-        def arguments(device):
-            noise = torch.Generator().manual_seed(0)
-            x = torch.randint(-127, 128, (b, length, k), dtype=torch.int8, generator=noise).to(device)
-            x_scale = torch.rand(b, length, generator=noise).to(device) / 64
-            return x, x_scale, *product_operands(device, b * length, k, n, **how)[:3], begin, end
+def sampled_operands(
+    device: torch.device | str, b: int, length: int, k: int, n: int, **how: Any
+) -> tuple[Tensor | None, ...]:
+    """Of a case: x (b, length, k) int8 and its scales, n rows of weight, their scales and a bias."""
+    noise = torch.Generator().manual_seed(0)
+    x = torch.randint(-127, 128, (b, length, k), dtype=torch.int8, generator=noise).to(device)
+    x_scale = torch.rand(b, length, generator=noise).to(device) / 64
+    return x, x_scale, *product_operands(device, b * length, k, n, **how)[:3]
 
-        return arguments
+
+def keys_off_cases() -> list[Case]:
+    def make(*shape: int, begin: int, end: int, **how: Any):
+        return lambda device: (*sampled_operands(device, *shape, **how), begin, end)
 
     return [
-        Case("MAR at 1024, both guidance halves", make(2, 4160, 1280, 3840, 1280, 2560), "aot gpu"),
-        Case("MAR, keys and values", make(2, 4160, 1280, 2560, 0, 1280), "aot gpu"),
-        Case("a block with both, and one with none", make(2, 70, 144, 200, 40, 130)),
-        Case("one row, no bias", make(1, 1, 64, 96, 0, 48, bias=False, dtype=torch.float32)),
+        Case("MAR at 1024, both guidance halves", make(2, 4160, 1280, 3840, begin=1280, end=2560), "aot gpu"),
+        Case("MAR, keys and values", make(2, 4160, 1280, 2560, begin=0, end=1280), "aot gpu"),
+        Case("a block with both, and one with none", make(2, 70, 144, 200, begin=40, end=130)),
+        Case("one row, no bias", make(1, 1, 64, 96, begin=0, end=48, bias=False, dtype=torch.float32)),
     ]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ._op import Case, Cost, Operator, launch, tl, triton
-from ._product import check_product, dequantised, halves, product_operands, whole_sums
+from ._product import check_product, dequantised, halves, whole_sums
 from .int8_linear import int8_linear_ref, int8_linear_torch
 from .int8_to_rotary import WIDTH
-from .keys_off import check_sampled, sample
+from .keys_off import check_sampled, sample, sampled_operands
 from .quantise_qkv import SAMPLE
 from .rope import rope
 
@@ -131,14 +131,11 @@ def rotary_keys_off(
 
 
 def rotary_keys_off_cases() -> list[Case]:
-    def make(rows: int, length: int, k: int, kv_heads: int, **how):
+    def make(rows: int, length: int, k: int, kv_heads: int, dtype: torch.dtype = torch.bfloat16, bias: bool = True):
         def arguments(device):
-            noise = torch.Generator().manual_seed(0)
-            x = torch.randint(-127, 128, (rows, length, k), dtype=torch.int8, generator=noise).to(device)
-            x_scale = torch.rand(rows, length, generator=noise).to(device) / 64
-            weight, scale, bias, *_, dtype = product_operands(device, rows * length, k, kv_heads * WIDTH, **how)
-            angle = torch.rand(rows, length, WIDTH // 2, generator=noise)
-            return x, x_scale, weight, scale, bias, angle.cos().to(device, dtype), angle.sin().to(device, dtype)
+            angle = torch.rand(rows, length, WIDTH // 2, generator=torch.Generator().manual_seed(2)).to(device)
+            operands = sampled_operands(device, rows, length, k, kv_heads * WIDTH, dtype=dtype, bias=bias)
+            return *operands, angle.cos().to(dtype), angle.sin().to(dtype)
 
         return arguments
 

@@ -6,7 +6,7 @@ prompts, L rows of a picture or tokens, D width, H query and K key/value heads, 
 
 from torch import Tensor, nn
 
-from ...kernels.attention_int8 import operator as attend
+from ...kernels.attention_int8 import attention_int8_heads
 from ...kernels.int8_of_groups import int8_linear_of_groups
 from ...kernels.int8_to_heads import HEAD_DIMS, int8_linear_to_heads
 from ...kernels.int8_to_rotary import WIDTH, int8_linear_to_rotary
@@ -22,9 +22,9 @@ Rotary = tuple[Tensor, Tensor]  # cos, sin (R, L, d / 2)
 Prefix = tuple[Tensor, Tensor, Tensor, Tensor]  # a layer's, as kernels/prefix_attention.py reads it
 
 
-def attends_in_int8(attention: Attention, qkv: nn.Module, x: Tensor, heads: int) -> bool:
+def attends_in_int8(attention: Attention, qkv: nn.Module, proj: nn.Module, x: Tensor, heads: int) -> bool:
     """Whether `norm_attention_int8` is for these."""
-    return _in_whole_numbers(attention, qkv, x) and x.shape[-1] // heads in HEAD_DIMS
+    return x.shape[-1] // heads in HEAD_DIMS and all(_in_whole_numbers(attention, layer, x) for layer in (qkv, proj))
 
 
 def continues_in_int8(attention: Attention, qkv: nn.Module, o: nn.Module, x: Tensor, head_dim: int) -> bool:
@@ -36,8 +36,10 @@ def _in_whole_numbers(attention: Attention, layer: nn.Module, x: Tensor) -> bool
     return attention.backend == "int8-qk" and isinstance(layer, Int8Linear) and layer.group == 1 and not layer.few(x)
 
 
-def norm_attention_int8(x: Tensor, picked: Tensor, norm: nn.Module, qkv: Int8Linear, heads: int) -> Tensor:
-    """Bidirectional attention of the rows `picked` (B, L or N, D) to all rows of x (B, L, D), (B, L or N, D).
+def norm_attention_int8(
+    x: Tensor, picked: Tensor, norm: nn.Module, qkv: Int8Linear, proj: Int8Linear, heads: int
+) -> Tensor:
+    """picked + proj(bidirectional attention of the rows `picked` (B, L or N, D) to all rows of x (B, L, D)).
 
     `qkv` makes queries, keys and values of norm(x), D columns each; `picked` may be x itself.
     """
@@ -47,7 +49,8 @@ def norm_attention_int8(x: Tensor, picked: Tensor, norm: nn.Module, qkv: Int8Lin
     else:
         (k,), (k_scale,), (v,) = _heads(x, norm, qkv, slice(width, None), heads, keys=0)
         (q,), (q_scale,), _ = _heads(picked, norm, qkv, slice(width), heads, keys=None)
-    return attend(q, q_scale, k, k_scale, v, x.dtype).transpose(1, 2).flatten(2)
+    groups = attention_int8_heads(q, q_scale, k, k_scale, v)
+    return int8_linear_of_groups(*groups, *proj.part(ALL), residual=picked, dtype=x.dtype)
 
 
 def _heads(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...kernels.gate import gated_add, swiglu
 from ...kernels.head import gated_linear, modulated_linear
-from ...kernels.head_int8 import gated_linear_int8, modulated_linear_int8
+from ...kernels.head_int8 import modulated_linear_int8
 from ...kernels.int8_of_groups import GROUP, int8_linear_of_groups
 from ...kernels.int8_to_groups import int8_linear_to_groups
 from ...kernels.linear import conv2d, linear
@@ -56,10 +56,9 @@ def norm_linear(
     """
     how = norm_arguments(x, norm, modulation)
     if modulation and act in ("none", "silu") and rows == ALL and _fuses(layer, x, modulation[0]):
-        fused = (x, *modulation, norm.weight, norm.bias, norm.eps)
-        if isinstance(layer, Int8Linear):  # the fewest rows as well, though it rounds them: one launch, not two
-            return modulated_linear_int8(*fused, *layer.part(ALL), act == "silu")
-        return modulated_linear(*fused, layer.weight, layer.bias, act == "silu")
+        return modulated_linear(
+            x, *modulation, norm.weight, norm.bias, norm.eps, layer.weight, layer.bias, act == "silu"
+        )
     if isinstance(layer, Int8Linear) and layer.group == 1:
         if layer.few(x):
             return layer.of_values(norm_op(*how), rows, activation=act)
@@ -73,8 +72,6 @@ def linear_add(x: Tensor, layer: nn.Module, residual: Tensor, gate: Tensor | Non
         if layer.few(x):
             values = _activated(x, act) if layer.group == 1 else rotated(x, act, layer.group)
             return layer.of_values(values, residual=residual, gate=gate)
-        if gate is not None and act == "none" and _fuses(layer, residual, gate):
-            return gated_linear_int8(x, *layer.part(ALL), gate, residual)
         return layer.of_whole(*quantise(x, act, layer.group), x.dtype, residual=residual, gate=gate)
     x = _activated(x, act)
     if gate is not None and _fuses(layer, residual, gate):
@@ -95,6 +92,9 @@ def norm_mlp(
 
     norm, act and modulation as for `norm_linear`, gate (M, D) as for `linear_add`.
     """
+    if act == "silu" and modulation and _fuses_in_int8(wide, narrow, x, modulation[0]):
+        between = modulated_linear_int8(x, *modulation, norm.weight, norm.bias, norm.eps, *wide.part(ALL))
+        return int8_linear_of_groups(*between, *narrow.part(ALL), residual=x, gate=gate, dtype=x.dtype)
     if _hands_over(wide, narrow) and not wide.few(x):
         whole = norm_int8(*norm_arguments(x, norm, modulation))
         between = int8_linear_to_groups(*whole, *wide.part(ALL), act, narrow.group)
@@ -130,10 +130,18 @@ def norm_arguments(x: Tensor, norm: nn.Module, modulation: Modulation | None = N
 
 
 def _fuses(layer: nn.Module, x: Tensor, modulation: Tensor) -> bool:
-    """Whether kernels/head.py or head_int8.py is for this: a modulation for every row, and few rows."""
-    whole = isinstance(layer, Int8Linear) and layer.group == 1
-    fits = (whole or isinstance(layer, Linear)) and layer.bias is not None
-    return fits and x.dim() == 2 and x.shape == modulation.shape and len(x) <= FUSED_ROWS
+    """Whether kernels/head.py is for this: a modulation for every row, and few rows."""
+    return isinstance(layer, Linear) and layer.bias is not None and _each_of_few(x, modulation)
+
+
+def _fuses_in_int8(wide: nn.Module, narrow: nn.Module, x: Tensor, modulation: Tensor) -> bool:
+    """The same of kernels/head_int8.py; the fewest rows as well, though it rounds them: one launch, not two."""
+    fits = _hands_over(wide, narrow) and narrow.group == 1 and wide.in_features % GROUP == 0
+    return fits and _each_of_few(x, modulation)
+
+
+def _each_of_few(x: Tensor, modulation: Tensor) -> bool:
+    return x.dim() == 2 and x.shape == modulation.shape and len(x) <= FUSED_ROWS
 
 
 def _hands_over(wide: nn.Module, narrow: nn.Module) -> bool:

@@ -31,13 +31,14 @@ class ViTBlock(nn.Module):
         They still attend to every row: it is what a last block needs when a few of its outputs are read.
         """
         picked = x if only is None else select_tokens(x, only)
-        x = linear_add(self.mixed(x, picked), self.proj, residual=picked)
+        if attends_in_int8(self.attend, self.qkv, self.proj, x, self.heads):
+            x = norm_attention_int8(x, picked, self.norm1, self.qkv, self.proj, self.heads)
+        else:
+            x = linear_add(self.mixed(x, picked), self.proj, residual=picked)
         return norm_mlp(x, self.norm2, self.fc1, self.fc2, act=self.act)
 
     def mixed(self, x: Tensor, picked: Tensor) -> Tensor:
         """Attention of the rows `picked` (B, L or N, D) to all rows of x (B, L, D)."""
-        if attends_in_int8(self.attend, self.qkv, x, self.heads):
-            return norm_attention_int8(x, picked, self.norm1, self.qkv, self.heads)
         if picked is x:
             q, k, v = self.heads_of(norm_linear(x, self.norm1, self.qkv))
         else:

@@ -30,6 +30,14 @@ def test_changes_are_noticed(rows):
     assert cards.differences([first | {"seconds": 1.01 * first["seconds"]}, *rest], rows) == []
 
 
+def test_what_is_beside_products_only_adds(rows):
+    bare = [row for row in rows if "without_beside" in row]
+    assert {row["plan"] for row in bare} == {"all resident"} and len(bare) == 20
+    for row in bare:
+        assert row["without_beside"] <= row["seconds"]
+        assert (row["without_beside"] < row["seconds"]) == (row["precision"] == "int8")
+
+
 def test_what_does_not_fit_has_no_numbers(tmp_path, monkeypatch):
     monkeypatch.setenv("UNIPIC_RUN_CACHE", str(tmp_path))
     found = cards.row(1, "rtx3060", "bf16", 64)

@@ -15,7 +15,7 @@ from ....kernels.ddpm_step import DDPMStep, Drawn, ddpm_step
 from ....kernels.head_step import head_step
 from ....kernels.linear import linear
 from ...graphs import Graphs
-from ...layers.linear import FUSED_ROWS, Linear, linear_add, linear_each, norm_linear
+from ...layers.linear import FUSED_ROWS, Linear, linear_each, norm_mlp
 from ...layers.timesteps import timestep_features
 from .config import HeadConfig
 
@@ -40,8 +40,7 @@ class HeadBlock(nn.Module):
     def forward(self, h: Tensor, modulation: Tensor) -> Tensor:
         """h (N, W) state, modulation (N, 3W) = self.modulation(SiLU of the condition)."""
         shift, scale, gate = modulation.chunk(3, dim=-1)
-        u = norm_linear(h, self.norm, self.fc1, (shift, scale), act="silu")
-        return linear_add(u, self.fc2, residual=h, gate=gate)
+        return norm_mlp(h, self.norm, self.fc1, self.fc2, act="silu", modulation=(shift, scale), gate=gate)
 
 
 class FinalLayer(nn.Module):
