@@ -1,7 +1,7 @@
 """What a request will take on a card, without weights and without the card: the numbers of `unipic-run plan`."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -25,7 +25,8 @@ from .mover import parts_of
 from .outline import KINDS, LIMIT, PROMPT, task_of
 from .placing import no_room
 from .plan import BANDED, META, Plan, Stage, shapes
-from .request import GPU_BATCH, TASKS, Largest
+from .prepare import check_shortcuts
+from .request import GPU_BATCH, SHORTCUTS, TASKS, Largest, SamplingOptions, as_sampling
 from .residency import DoesNotFit, Placement, Work, describe, fit
 from .segments import STEP, GrowingSegments, rounded
 from .task import Task
@@ -70,6 +71,7 @@ class Asked:
             "task": next((name for name, kind in KINDS.items() if self.task and kind == self.task.kind), "ask"),
             "res": self.res,
             "steps": self.task and self.task.steps,
+            **({} if self.task is None else {name: getattr(self.task, name) for name in SHORTCUTS}),
             "images": self.images,
             "quant": self.forecast.recipe.scheme,
             "dtype": dtype_name(loaded.dtype),
@@ -121,11 +123,13 @@ def ask_for(
     attention: str = "sdpa",
     gpu: str = "rtx4090",
     vram: float | str | None = None,
+    shortcuts: SamplingOptions | None = None,
     say: Callable[[str], object] = str,
 ) -> Asked:
     """`task`: gen, edit or ask; `vram`: GiB, or auto, which leaves a margin; by default all of the card.
 
-    `quant` auto is what the engine would take for this request; `say` hears it. Raises UsageError.
+    `shortcuts` are those of `Sampling`. `quant` auto is what the engine would take for this; `say` hears it.
+    Raises UsageError.
     """
     row, config = families.architecture(model)
     if quant not in (*PLANNED, AUTO) or attention not in OURS:
@@ -153,6 +157,12 @@ def ask_for(
     built = weightless(row.name, config, quant, precision, attention)
     forecast = Forecast(Loaded(family, built, RoughTokens(), META), families.recipe(row.name, quant), card)
     made = task_of(largest, family, config, precision)
+    if shortcuts:
+        if made is None:
+            raise UsageError(f"{', '.join(shortcuts)} of a question", "plan gen or edit with them")
+        checked = as_sampling(0, shortcuts)
+        made = replace(made, **{name: getattr(checked, name) for name in shortcuts})
+        check_shortcuts(made, family)
     return Asked(model, forecast, made, res or config.resolution, images if made else 1, card, may)
 
 
