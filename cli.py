@@ -56,6 +56,9 @@ def gen(
     cfg_schedule: o.Schedule = None,
     temperature: o.Temperature = None,
     negative: o.Negative = None,
+    head_steps: o.HeadSteps = None,
+    order: o.Reveal = None,
+    cfg_interval: o.Interval = None,
     batch_size: o.Batch = None,
     model: o.Model = None,
     device: o.Device = "auto",
@@ -78,17 +81,18 @@ def gen(
     terminal = _terminal(ctx, as_json, quiet)
     old = a.repeated_settings(from_png, other_model=model is not None) if from_png else {}
     new = a.given(seed=seed, steps=steps, guidance=guidance, cfg_schedule=cfg_schedule, temperature=temperature)
+    new |= a.shortcuts(head_steps, order, cfg_interval)
     asked = old | new | a.given(negative=negative, model=model, dtype=dtype, quant=quant, exact_rope=exact_rope)
     prompts = a.read_prompts(prompt, prompt_file, instead=old.get("prompt"))
     shape = a.wanted_size(res, size) or old.get("size")
     sampling = a.sampling(asked, n=n, batch_size=batch_size, preview_every=preview_every)
     GenerateRequest(tuple(prompts), shape or (PATCH, PATCH), sampling)  # refuses before a model is loaded
     _hint(terminal, asked.get("model"), prompts)
-    order = Order("generate", tuple(prompts), sampling, a.given(size=shape and f"{shape[0]}x{shape[1]}"))
+    pictures = Order("generate", tuple(prompts), sampling, a.given(size=shape and f"{shape[0]}x{shape[1]}"))
     saving = {"target": output, "overwrite": overwrite, "metadata": not no_metadata}
     loading = a.loading(asked, device=device, attention=attn, revision=revision, offline=offline)
     loading |= {"vram": vram, "drop_idle": drop_idle, "largest": a.largest("gen", len(prompts), sampling, shape)}
-    make_pictures(terminal, order, saving, loading, size=shape)
+    make_pictures(terminal, pictures, saving, loading, size=shape)
 
 
 @app.command()
@@ -111,6 +115,9 @@ def edit(
     cfg_schedule: o.Schedule = None,
     temperature: o.Temperature = None,
     negative: o.Negative = None,
+    head_steps: o.HeadSteps = None,
+    order: o.Reveal = None,
+    cfg_interval: o.Interval = None,
     batch_size: o.Batch = None,
     model: o.Model = None,
     device: o.Device = "auto",
@@ -134,6 +141,7 @@ def edit(
 
     terminal = _terminal(ctx, as_json, quiet)
     asked = a.given(seed=seed, steps=steps, guidance=guidance, cfg_schedule=cfg_schedule, temperature=temperature)
+    asked |= a.shortcuts(head_steps, order, cfg_interval)
     asked |= a.given(negative=negative, model=model, dtype=dtype, quant=quant, exact_rope=exact_rope)
     picture, prompts = a.read_picture(image), a.read_prompts(prompt, prompt_file)
     where = a.given(
@@ -148,12 +156,12 @@ def edit(
     EditRequest(picture, tuple(prompts), sampling, PATCH if res is None else res, **where)  # refuses early
     _hint(terminal, model, prompts)
     kind = "inpaint" if {"mask", "outpaint"} & {*where} else "edit"
-    order = Order(kind, tuple(prompts), sampling, a.given(fit=fit, posterior=posterior))
+    pictures = Order(kind, tuple(prompts), sampling, a.given(fit=fit, posterior=posterior))
     saving = {"target": output, "overwrite": overwrite, "metadata": not no_metadata}
     loading = a.loading(asked, device=device, attention=attn, revision=revision, offline=offline)
     made = a.edited_size(picture.size, res, fit, where.get("outpaint"), "mask" in where)
     loading |= {"vram": vram, "drop_idle": drop_idle, "largest": a.largest("edit", len(prompts), sampling, made)}
-    make_pictures(terminal, order, saving, loading, image=picture, res=res, **where)
+    make_pictures(terminal, pictures, saving, loading, image=picture, res=res, **where)
 
 
 @app.command()
@@ -210,6 +218,9 @@ def plan(
     task: Annotated[str, typer.Argument(metavar="TASK", help="gen, edit or ask.", show_default=False)],
     res: o.Res = None,
     steps: o.Steps = None,
+    head_steps: o.HeadSteps = None,
+    order: o.Reveal = None,
+    cfg_interval: o.Interval = None,
     n: o.N = 1,
     model: o.Model = None,
     dtype: o.Dtype = None,
@@ -237,6 +248,7 @@ def plan(
         "attention": attn,
         "gpu": gpu,
         "vram": vram,
+        "shortcuts": a.shortcuts(head_steps, order, cfg_interval),
     }
     asked = ask_for(model or "unipic", task, res=res, steps=steps, images=n, **how, say=terminal.say)
     terminal.data |= told(asked)

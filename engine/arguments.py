@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .errors import UsageError
-from .request import GPU_BATCH, PATCH, Sampling, as_sampling
+from .request import GPU_BATCH, PATCH, SAMPLED, Sampling, as_sampling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,11 +16,7 @@ MAX_TEXT = 16 * 2**20  # bytes of a prompt file
 REPEATED = (
     "prompt",
     "seed",
-    "steps",
-    "guidance",
-    "cfg_schedule",
-    "temperature",
-    "negative",
+    *SAMPLED,
     "model",
     "dtype",
     "quant",
@@ -116,9 +112,25 @@ def repeated_settings(png: str, other_model: bool) -> dict[str, Any]:
     return settings
 
 
+def shortcuts(head_steps: str | None, order: str | None, cfg_interval: str | None) -> dict[str, Any]:
+    """What the speed options say, as `Sampling` has it."""
+    pairs = given(
+        head_steps=head_steps and _pair("--head-steps", head_steps, int, "50:5"),
+        cfg_interval=cfg_interval and _pair("--cfg-interval", cfg_interval, float, "0:0.6"),
+    )
+    return pairs | given(order=order)
+
+
+def _pair(name: str, text: str, number: type, example: str) -> tuple[Any, Any]:
+    try:
+        first, last = map(number, text.split(":"))
+    except ValueError:
+        raise UsageError(f"{name} {text[:100]!r} is not A:B", f"write for example {example}") from None
+    return first, last
+
+
 def sampling(asked: dict[str, Any], **more: Any) -> Sampling:
-    names = ("steps", "guidance", "cfg_schedule", "temperature", "negative")
-    return as_sampling(asked.get("seed"), {name: asked[name] for name in names if name in asked} | more)
+    return as_sampling(asked.get("seed"), {name: asked[name] for name in SAMPLED if name in asked} | more)
 
 
 def largest(task: str, images: int = 1, sampling: Sampling | None = None, size: Any = None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -26,7 +26,8 @@ from .mover import parts_of
 from .outline import KINDS, LIMIT, PROMPT, task_of
 from .placing import no_room
 from .plan import META, Plan, Stage, shapes, taken
-from .request import GPU_BATCH, TASKS, Largest
+from .prepare import check_shortcuts
+from .request import GPU_BATCH, SHORTCUTS, TASKS, Largest, SamplingOptions, as_sampling
 from .residency import DoesNotFit, Placement, Work, describe, fit
 from .segments import STEP, GrowingSegments, rounded
 from .task import Task
@@ -71,6 +72,7 @@ class Asked:
             "task": next((name for name, kind in KINDS.items() if self.task and kind == self.task.kind), "ask"),
             "res": self.res,
             "steps": self.task and self.task.steps,
+            **({} if self.task is None else {name: getattr(self.task, name) for name in SHORTCUTS}),
             "images": self.images,
             "quant": self.forecast.recipe.scheme,
             "dtype": dtype_name(loaded.dtype),
@@ -121,11 +123,13 @@ def ask_for(
     attention: str = "sdpa",
     gpu: str = "rtx4090",
     vram: float | str | None = None,
+    shortcuts: SamplingOptions | None = None,
     say: Callable[[str], object] = str,
 ) -> Asked:
     """`task`: gen, edit or ask; `vram`: GiB, or auto, which leaves a margin; by default all of the card.
 
-    `quant` auto is what the engine would take for this request; `say` hears it. Raises UsageError.
+    `shortcuts` are those of `Sampling`. `quant` auto is what the engine would take for this; `say` hears it.
+    Raises UsageError.
     """
     row, config = families.architecture(model)
     if quant not in (*PLANNED, AUTO) or attention not in OURS:
@@ -144,6 +148,8 @@ def ask_for(
         raise UsageError(str(error), "choose one of these") from None
     precision, may = as_dtype(dtype, META), bound_of(card, vram)
     made = task_of(largest, family, config, precision)
+    if shortcuts:
+        made = shortened(made, family, shortcuts)
     refuse_too_large(family, config, made, res or config.resolution)
     if quant == AUTO:
         plan = Blueprint(row.name, family, config, RoughTokens(), precision, Attention(attention), largest)
@@ -155,6 +161,16 @@ def ask_for(
     built = weightless(row.name, config, quant, precision, attention)
     forecast = Forecast(Loaded(family, built, RoughTokens(), META), families.recipe(row.name, quant), card)
     return Asked(model, forecast, made, res or config.resolution, images if made else 1, card, may)
+
+
+def shortened(task: Task | None, family: Verbs, shortcuts: SamplingOptions) -> Task:
+    """Raises UsageError for those that mean nothing here."""
+    if task is None:
+        raise UsageError(f"{', '.join(shortcuts)} of a question", "plan gen or edit with them")
+    checked = as_sampling(0, shortcuts)
+    task = replace(task, **{name: getattr(checked, name) for name in shortcuts})
+    check_shortcuts(task, family)
+    return task
 
 
 def refuse_too_large(family: Verbs, config: Any, task: Task | None, res: int) -> None:

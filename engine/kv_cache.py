@@ -1,7 +1,7 @@
 """Static key/value cache of one prompt, cut back to a prefix in O(1); and the caches of a batch side by side."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -107,6 +107,15 @@ class Prompts:
         owners = [prompt for prompt, count, _ in runs for _ in range(count)]
         prefix_of, lengths = (torch.tensor(x, dtype=torch.int32, device=keys.device) for x in (owners, lengths))
         return cls(keys, values, prefix_of, lengths, tuple(runs))
+
+    def first(self, rows: int) -> "Prompts":
+        """Of the first rows alone; the caches are the same."""
+        runs, left = [], rows
+        for prompt, count, length in self.runs:
+            if left > 0:
+                runs.append((prompt, min(count, left), length))
+            left -= count
+        return replace(self, prefix_of=self.prefix_of[:rows], runs=tuple(runs))
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -46,6 +46,13 @@ Seed = _option(int | None, "--seed", metavar="S", help="Drawn and reported when 
 Steps = _option(int | None, "--steps", "--iters", metavar="N", help="Rounds, or denoising steps.")
 Guidance = _option(float | None, "--guidance", "--cfg", metavar="X", help="1 turns guidance off.")
 Schedule = _option(str | None, "--cfg-schedule", metavar="NAME", help="Guidance over the rounds: constant or linear.")
+HeadSteps = _option(
+    str | None, "--head-steps", metavar="A:B", help="Of the diffusion head, in the first and the last round: 50:5."
+)
+Reveal = _option(str | None, "--order", metavar="NAME", help="Of revealing tokens: random, or gtr (checkerboard).")
+Interval = _option(
+    str | None, "--cfg-interval", metavar="A:B", help="Shares of the run between which guidance is on: 0:0.6."
+)
 Temperature = _option(float | None, "--temperature", metavar="X", help="Scales the noise of the diffusion head.")
 Negative = _option(str | None, "--negative", metavar="TEXT", help="What to steer away from.")
 Batch = _option(

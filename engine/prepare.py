@@ -11,7 +11,7 @@ from PIL import Image
 
 from .errors import UnipicWarning, UsageError
 from .picture import Canvas, center_crop, composite, fit_mask, pad_to_patch, resize, to_pixels
-from .request import PATCH, EditRequest, GenerateRequest, Sampling
+from .request import PATCH, SHORTCUTS, EditRequest, GenerateRequest, Sampling
 from .task import Task
 from .verbs import Verbs
 
@@ -73,6 +73,16 @@ def check_edit(request: EditRequest, family: Verbs) -> None:
         raise UsageError(what, f"choose from {', '.join(family.posteriors)}")
 
 
+def check_shortcuts(task: Task, family: Verbs) -> None:
+    """Raises UsageError for those this family does not know."""
+    for name in SHORTCUTS:
+        usual = getattr(Task, name)
+        if name not in family.shortcuts and getattr(task, name) != usual:
+            known = f"; it knows {', '.join(family.shortcuts)}" if family.shortcuts else ""
+            what = f"{name} {getattr(task, name)} has no meaning for this model"
+            raise UsageError(what, f"leave it at {usual}{known}")
+
+
 def note_doubts(task: Task, side: int) -> None:
     """Warnings about what runs but may disappoint; `side` is the trained resolution."""
     width, height = task.columns * PATCH, task.rows * PATCH
@@ -93,6 +103,9 @@ def _task(kind: str, width: int, height: int, sampling: Sampling, defaults: Defa
         cfg_schedule=sampling.cfg_schedule,
         temperature=float(sampling.temperature),
         negative=sampling.negative,
+        head_steps=sampling.head_steps,
+        order=sampling.order,
+        cfg_interval=sampling.cfg_interval,
         **source,
     )
 

@@ -27,6 +27,10 @@ TASKS = ("gen", "edit", "ask")
 CFG_SCHEDULES = ("constant", "linear")
 FITS = ("keep", "crop", "longest")  # of which a model has some
 POSTERIORS = ("sample", "mean")  # likewise
+ORDERS = ("random", "gtr")  # of revealing tokens; likewise
+SHORTCUTS = ("head_steps", "order", "cfg_interval")  # what makes a picture cheaper, and worse
+SAMPLED = ("steps", "guidance", "cfg_schedule", "temperature", "negative", *SHORTCUTS)
+WHOLE_RUN = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,9 @@ class Sampling:
     cfg_schedule: str = "constant"
     temperature: float = 1.0  # scales the head's per-step noise
     negative: str | None = None  # replaces the unconditional prompt
+    head_steps: tuple[int, int] | None = None  # the diffusion head's in the first and the last round, linear between
+    order: str = "random"  # in which tokens are revealed, of ORDERS
+    cfg_interval: tuple[float, float] = WHOLE_RUN  # shares of the run between which guidance is on
     batch_size: int | None = None  # images computed together; None: one on the CPU, up to four on a GPU
     preview_every: int = 0  # rounds between previews, 0 for none
 
@@ -55,8 +62,24 @@ class Sampling:
             _number("guidance", self.guidance, 0.0, 1000.0)
         _number("temperature", self.temperature, 0.0, 100.0)
         _one_of("cfg_schedule", self.cfg_schedule, CFG_SCHEDULES)
+        _one_of("order", self.order, ORDERS)
+        self._check_pairs()
         if self.negative:  # an empty one is a wish, too
             _text("negative prompt", self.negative)
+
+    def _check_pairs(self) -> None:
+        """As tuples, whatever sequences they came as."""
+        first, end = _numbers("cfg_interval", self.cfg_interval, 2, "two: the shares at which guidance begins and ends")
+        for share in (first, end):
+            _number("cfg_interval", share, 0.0, 1.0)
+        if first >= end:
+            raise UsageError(f"cfg_interval {first:g} to {end:g} is empty", "use guidance 1 to turn guidance off")
+        object.__setattr__(self, "cfg_interval", (float(first), float(end)))
+        if self.head_steps is not None:
+            pair = _numbers("head_steps", self.head_steps, 2, "two: steps in the first and in the last round")
+            for steps in pair:
+                _whole("head_steps", steps, 2, 1000)
+            object.__setattr__(self, "head_steps", pair)
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -68,6 +91,9 @@ class SamplingOptions(TypedDict, total=False):
     cfg_schedule: str
     temperature: float
     negative: str | None
+    head_steps: tuple[int, int] | None
+    order: str
+    cfg_interval: tuple[float, float]
     batch_size: int | None
     preview_every: int
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from .errors import UsageError
-from .request import MAX_SEED, Event, Sampling
+from .request import MAX_SEED, SAMPLED, Event, Sampling
 from .terminal import Terminal
 
 if TYPE_CHECKING:
@@ -33,15 +33,12 @@ class Order:
 
         What only the model knows stands there as a placeholder of the right type.
         """
-        sampling = {name: value for name, value in asdict(self.sampling).items() if name in _IN_SETTINGS}
+        sampling = {name: getattr(self.sampling, name) for name in SAMPLED}
         later = {"size": "0x0", "steps": 0, "guidance": 0.0, "dtype": "", "device": "", "attention": ""}
         said = {name: value for name, value in (sampling | self.known).items() if value is not None}
         shared = {"version": __version__, "task": self.task, "model": model, **later, **said}
         copies = [(self.sampling.seed + copy) & MAX_SEED for copy in range(self.sampling.n)]
         return [shared | {"prompt": prompt, "seed": seed} for prompt in self.prompts for seed in copies]
-
-
-_IN_SETTINGS = ("steps", "guidance", "cfg_schedule", "temperature", "negative")
 
 
 def open_engine(terminal: Terminal, loading: dict[str, Any]) -> "Engine":

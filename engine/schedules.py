@@ -3,7 +3,8 @@ noise levels of a flow-matching model with its step from one to the next.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +42,12 @@ class Round:
     predicted: Tensor  # (B, N) revealed by it
     source: Tensor  # (B, n) where in `visible` each position stands, -1 where it does not
     left: float  # share of the tokens to sample that the schedule leaves masked; at least one, also in the last round
+    of: int  # rounds in all
+
+    @property
+    def begun(self) -> float:
+        """Share of the rounds that are behind it."""
+        return self.index / self.of
 
 
 @dataclass(frozen=True)
@@ -62,12 +69,51 @@ class Rounds:
         def move(x: Tensor) -> Tensor:
             return x.to(device, non_blocking=True)
 
-        moved = (Round(r.index, move(r.visible), move(r.predicted), move(r.source), r.left) for r in self.rounds)
+        moved = (
+            replace(r, visible=move(r.visible), predicted=move(r.predicted), source=move(r.source)) for r in self.rounds
+        )
         return Rounds(self.rows, self.columns, tuple(moved))
 
 
-def reveal_rounds(orders: Tensor, rows: int, columns: int, steps: int) -> Rounds:
-    """Rounds from reveal orders (B, M): tokens are revealed from the end of the order.
+# Generation then reconstruction (GtR, arXiv 2510.17171): residues of (row + column) mod 4 in the order in which their
+# tokens are revealed, with the share of the rounds that each set takes. The paper's, for 32 rounds of 256 tokens: 64
+# tokens in 24, 64 in 6, and the other colour of the checkerboard in 2.
+GTR = (((0,), 24 / 32), ((2,), 6 / 32), ((1, 3), 2 / 32))
+
+
+def gtr_orders(orders: Tensor, columns: int) -> Tensor:
+    """Random reveal orders (B, M) with the sets of GTR one after the other; the first revealed stand last, as ever."""
+    residue = (orders // columns + orders % columns) % 4
+    stage = sum(torch.isin(residue, torch.tensor(of)) * number for number, (of, _) in enumerate(GTR))
+    return orders.gather(1, stage.argsort(dim=1, descending=True, stable=True))
+
+
+def gtr_counts(order: Tensor, columns: int, steps: int) -> list[tuple[int, int]]:
+    """As `reveal_counts` of an order (M) of `gtr_orders`: an even pace within a set, rounds by the shares of GTR.
+
+    A set has no more rounds than tokens, at least one where it has tokens, and all rounds to itself when it is alone.
+    """
+    residue = (order // columns + order % columns) % 4
+    sizes = [int(torch.isin(residue, torch.tensor(of)).sum()) for of, _ in GTR]
+    counts, now = [], len(order)
+    for size, rounds in zip(sizes, _shared_out(sizes, steps), strict=True):
+        for step in range(rounds):
+            after = now - (size * (step + 1) // rounds - size * step // rounds)
+            counts.append((now, after))
+            now = after
+    return counts
+
+
+def _shared_out(sizes: Sequence[int], steps: int) -> list[int]:
+    """Rounds of each set of so many tokens, about `steps` in all, at least one each; the first takes the rest."""
+    later = [min(size, max(1, round(share * steps))) for size, (_, share) in zip(sizes[1:], GTR[1:], strict=True)]
+    return [min(sizes[0], max(1, steps - sum(later))), *later]
+
+
+def reveal_rounds(
+    orders: Tensor, rows: int, columns: int, steps: int, counts: Sequence[tuple[int, int]] | None = None
+) -> Rounds:
+    """Rounds from reveal orders (B, M): tokens are revealed from the end of the order, by default in cosine `counts`.
 
     M = rows * columns samples the whole grid; with M smaller, positions outside the order are known from the start.
     """
@@ -75,17 +121,23 @@ def reveal_rounds(orders: Tensor, rows: int, columns: int, steps: int) -> Rounds
     known = torch.ones(batch, rows * columns, dtype=torch.bool).scatter(1, orders, False)
     start = known.nonzero()[:, 1].view(batch, -1)  # (B, n - M), ascending
     plan = []
-    for index, (before, after) in enumerate(reveal_counts(masked, steps)):
+    counts = reveal_counts(masked, steps) if counts is None else counts
+    for index, (before, after) in enumerate(counts):
         visible = torch.cat([start, orders[:, before:]], dim=1).sort(dim=1).values
         predicted = orders[:, after:before].sort(dim=1).values
         source = inverse_index(visible, rows * columns)
-        plan.append(Round(index, visible, predicted, source, max(after, 1) / masked))
+        plan.append(Round(index, visible, predicted, source, max(after, 1) / masked, len(counts)))
     return Rounds(rows, columns, tuple(plan))
 
 
 def guidance_at(schedule: str, guidance: float, left: float) -> float:
     """Guidance scale of a round after which the share `left` of the tokens stays masked."""
     return guidance if schedule == "constant" else 1.0 + (guidance - 1.0) * (1.0 - left)
+
+
+def annealed_steps(first: int, last: int, index: int, of: int) -> int:
+    """The head's steps in a round: linear from the first round's to the last's (DiSA, arXiv 2505.20297)."""
+    return last + int((of - 1 - index) / max(of - 1, 1) * (first - last))
 
 
 def cosine_betas(train_steps: int, max_beta: float) -> Tensor:
@@ -98,10 +150,15 @@ def cosine_betas(train_steps: int, max_beta: float) -> Tensor:
     return torch.tensor([min(1 - alpha_bar(b) / alpha_bar(a), max_beta) for a, b in pairs], dtype=torch.float64)
 
 
-def ddpm_table(train_steps: int, steps: int, max_beta: float) -> list[DDPMStep]:
-    """Ancestral sampling coefficients respaced to `steps`, index 0 the last step taken; float64 throughout."""
+def ddpm_table(train_steps: int, steps: int, max_beta: float, latest: int | None = None) -> list[DDPMStep]:
+    """Ancestral sampling coefficients respaced to `steps`, index 0 the last step taken; float64 throughout.
+
+    No step is later than the timestep `latest`; those that would be are taken together, as that one.
+    """
     alphas_bar = torch.cumprod(1 - cosine_betas(train_steps, max_beta), dim=0)
     kept = [round(i * (train_steps - 1) / max(steps - 1, 1)) for i in range(steps)]
+    if latest is not None:
+        kept = list(dict.fromkeys(min(timestep, latest) for timestep in kept))
     table = []
     for i, timestep in enumerate(kept):
         a = alphas_bar[timestep].item()
@@ -119,7 +176,7 @@ def ddpm_table(train_steps: int, steps: int, max_beta: float) -> list[DDPMStep]:
                 timestep=timestep,
             )
         )
-    if steps > 1:  # the first entry has no variance of its own and takes the second's
+    if len(table) > 1:  # the first entry has no variance of its own and takes the second's
         table[0] = table[0]._replace(log_beta_tilde=table[1].log_beta_tilde)
     return table
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .noise import Noise
+from .request import WHOLE_RUN
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Task:
     sources: tuple[Tensor, ...] = ()
     cells: Tensor | None = None
     posterior: str | None = None  # of the sources, one of request.POSTERIORS; None for the family's own
+    head_steps: tuple[int, int] | None = None  # this and the next two as in request.Sampling
+    order: str = "random"
+    cfg_interval: tuple[float, float] = WHOLE_RUN
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,19 @@ from .lock import CallLock
 from .making import Job, jobs_of, make_images
 from .noise import Noise
 from .placing import Placing
-from .prepare import Defaults, Finish, note_doubts
+from .prepare import Defaults, Finish, check_shortcuts, note_doubts
 from .reading import Reader, answer_all
-from .request import GPU_BATCH, Answer, AskRequest, CancelToken, EditRequest, Event, GenerateRequest, Result
+from .request import (
+    GPU_BATCH,
+    SAMPLED,
+    Answer,
+    AskRequest,
+    CancelToken,
+    EditRequest,
+    Event,
+    GenerateRequest,
+    Result,
+)
 from .room import Room
 from .run import Clock
 from .source import UNVERIFIED, Source
@@ -103,10 +113,10 @@ class Worker:
         jobs, clock = jobs_of(request.prompts, request.sampling, noise), Clock(self.device)
         with self._working("making images") as loaded:
             task, finish = make_task()
+            check_shortcuts(task, loaded.family)
             loaded.family.check_prompts(self.config, loaded.tokens, task, request.prompts)
             note_doubts(task, self.config.resolution)
-            sampled = ("steps", "guidance", "cfg_schedule", "temperature", "negative")
-            how = {name: getattr(task, name) for name in sampled} | how
+            how = {name: getattr(task, name) for name in SAMPLED} | how
 
             def describe(job: Job, image: Image.Image) -> dict[str, Any]:
                 size = f"{image.width}x{image.height}"

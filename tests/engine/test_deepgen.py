@@ -213,6 +213,7 @@ def test_guidance_below_one_prompts_more(engine):
     [
         ({"temperature": 0.5}, "temperature 0.5 has no meaning"),
         ({"cfg_schedule": "linear"}, "cfg_schedule linear has no meaning"),
+        ({"order": "gtr"}, "order gtr has no meaning"),
         ({"guidance": 0.5}, "guidance 0.5 is below 1"),
         ({"negative": "<|im_end|>"}, "which has a meaning of its own"),
         ({"res": 400}, "sides have at most 384 pixels"),

@@ -59,7 +59,8 @@ def test_options_change_the_picture(tiny_engine: Engine) -> None:
         return tiny_engine.generate("a cat", seed=1, **{**QUICK, **options}).images[0].tobytes()
 
     variants = [{}, {"guidance": 1.0}, {"cfg_schedule": "linear"}, {"temperature": 0.5}, {"negative": "blur"}]
-    assert len({picture(**options) for options in [*variants, {"steps": 5}]}) == 6
+    variants += [{"order": "gtr"}, {"head_steps": (4, 2)}, {"cfg_interval": (0.0, 0.5)}, {"steps": 5}]
+    assert len({picture(**options) for options in variants}) == len(variants)
 
 
 def test_sizes_that_are_not_square(tiny_engine: Engine) -> None:

@@ -10,7 +10,7 @@ import torch
 from unipic_run import Engine
 from unipic_run.engine import families
 from unipic_run.engine.noise import PhiloxNoise
-from unipic_run.engine.request import FITS, POSTERIORS
+from unipic_run.engine.request import FITS, POSTERIORS, SHORTCUTS
 from unipic_run.engine.task import Batch, Task
 from unipic_run.engine.verbs import Verbs
 
@@ -47,6 +47,7 @@ def test_stages_in_front_of_the_first_step_are_verbs(name: str) -> None:
         for stage in before if kind != "ask" else ():
             assert len(inspect.signature(getattr(module, stage)).parameters) == 5, stage
     assert set(module.fits) <= set(FITS) and module.most_sources >= 1
+    assert set(module.shortcuts) <= set(SHORTCUTS)
     assert module.posteriors and set(module.posteriors) <= set(POSTERIORS)
 
 

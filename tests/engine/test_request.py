@@ -47,6 +47,14 @@ def test_sizes(size: tuple[Any, Any], message: str) -> None:
         {"guidance": "3"},
         {"temperature": -0.1},
         {"cfg_schedule": "cosine"},
+        {"order": "raster"},
+        {"head_steps": (50, 1)},
+        {"head_steps": (50,)},
+        {"head_steps": 50},
+        {"head_steps": (50.0, 5)},
+        {"cfg_interval": (0.0, 1.5)},
+        {"cfg_interval": (0.5, 0.5)},
+        {"cfg_interval": 0.5},
         {"negative": "  "},
         {"batch_size": 0},
         {"preview_every": -1},
@@ -60,6 +68,11 @@ def test_sampling_options(options: dict[str, Any]) -> None:
 def test_guidance_and_temperature_of_zero_are_kept() -> None:
     sampling = Sampling(seed=0, guidance=0.0, temperature=0.0)
     assert sampling.guidance == 0.0 and sampling.temperature == 0.0
+
+
+def test_pairs_come_as_any_sequence_and_are_kept_as_tuples() -> None:
+    sampling = Sampling(seed=0, head_steps=[50, 5], cfg_interval=[0, 1])
+    assert sampling.head_steps == (50, 5) and sampling.cfg_interval == (0.0, 1.0)
 
 
 def test_unknown_options_are_errors() -> None:

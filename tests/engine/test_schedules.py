@@ -8,10 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from unipic_run.engine.schedules import (
+    annealed_steps,
     cosine_betas,
     ddpm_table,
     euler_step,
     flow_match_sigmas,
+    gtr_counts,
+    gtr_orders,
     guidance_at,
     reveal_counts,
     reveal_rounds,
@@ -46,6 +49,52 @@ def test_every_token_is_revealed_once_and_known_ones_never(masked: int, steps: i
 def test_tokens_are_revealed_from_the_end_of_the_order() -> None:
     plan = reveal_rounds(torch.tensor([[3, 1, 2, 0]]), 2, 2, 2)
     assert [step.predicted.tolist() for step in plan.rounds] == [[[0, 2]], [[1, 3]]]
+
+
+@pytest.mark.parametrize(("rows", "columns", "steps"), [(16, 16, 32), (64, 64, 32), (8, 8, 16), (5, 7, 3), (1, 1, 9)])
+def test_checkerboards_are_revealed_one_after_the_other(rows: int, columns: int, steps: int) -> None:
+    torch.manual_seed(0)
+    random = torch.stack([torch.randperm(rows * columns) for _ in range(2)])
+    orders = gtr_orders(random, columns)
+    counts = gtr_counts(orders[0], columns, steps)
+    plan = reveal_rounds(orders, rows, columns, steps, counts)
+    assert [before for before, _ in counts] == [rows * columns, *(after for _, after in counts[:-1])]
+    assert counts[-1][1] == 0 and len(counts) <= max(steps, 3) and all(before > after for before, after in counts)
+    for image in range(2):
+        seen = [
+            {0: 0, 2: 1}.get((place // columns + place % columns) % 4, 2)
+            for step in plan.rounds
+            for place in sorted(step.predicted[image].tolist(), key=lambda p: (p // columns + p % columns) % 2)
+        ]
+        assert seen == sorted(seen) and len(seen) == rows * columns
+    if rows == 16:
+        assert [before - after for before, after in counts[-8:]] == [10, 11, 11, 10, 11, 11, 64, 64]
+
+
+def test_a_checkerboard_of_some_cells_keeps_to_them() -> None:
+    """The first set is missing here altogether."""
+    places = torch.tensor([[1, 3, 2, 6, 7]])  # of 8 columns
+    orders = gtr_orders(places, 8)
+    plan = reveal_rounds(orders, 2, 8, 4, gtr_counts(orders[0], 8, 4))
+    assert [step.predicted.tolist() for step in plan.rounds] == [[[2, 6]], [[1, 3, 7]]]
+
+
+def test_head_steps_fall_evenly_from_the_first_round_to_the_last() -> None:
+    assert [annealed_steps(50, 5, i, 4) for i in range(4)] == [50, 35, 20, 5]
+    assert [annealed_steps(20, 20, i, 3) for i in range(3)] == [20] * 3
+    assert annealed_steps(50, 5, 0, 1) == 5
+
+
+def test_a_table_that_begins_later_is_the_same_process() -> None:
+    """Its coefficients follow from the shares of signal at its own timesteps."""
+    whole, cut = ddpm_table(1000, 50, 0.2), ddpm_table(1000, 50, 0.2, latest=950)
+    timesteps = [step.timestep for step in cut]
+    assert timesteps == [*(step.timestep for step in whole if step.timestep < 950), 950]
+    assert cut[:-1] == whole[: len(cut) - 1]
+    kept = torch.cumprod(1 - cosine_betas(1000, 0.2), dim=0)
+    assert cut[-1].sqrt_recip == pytest.approx(1 / kept[950].sqrt().item())
+    assert ddpm_table(1000, 50, 0.2, latest=999) == whole
+    assert [step.timestep for step in ddpm_table(1000, 2, 0.2, latest=950)] == [0, 950]
 
 
 def test_linear_guidance_equals_the_recorded_scales(goldens: Path) -> None:

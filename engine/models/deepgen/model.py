@@ -47,6 +47,7 @@ from .vision import VisionTower, as_patches, patches
 kinds = ("generate", "edit", "ask")
 fits = ("keep", "longest", "crop")
 posteriors = ("sample", "mean")
+shortcuts = ()
 most_sources = 8
 parts_guidance = True
 lookups = {"look": ("embed",), "condition": ("embed",)}  # the latter of a question

@@ -23,7 +23,7 @@ from ...layers.qwen2 import Qwen2
 from ...layers.vae import VAEDecoder, VAEEncoder
 from ...layers.vae_bands import decode_in_bands
 from ...request import PATCH
-from ...schedules import Rounds, reveal_rounds
+from ...schedules import Rounds, gtr_counts, gtr_orders, reveal_rounds
 from ...task import Batch, Task
 from ...tokens import Tokens
 from .config import UniPicConfig as Config
@@ -46,6 +46,7 @@ stacks = ("llm", "mar_encoder", "mar_decoder")
 kinds = ("generate", "edit", "inpaint", "ask")
 fits = ("keep", "crop")
 posteriors = ("mean",)
+shortcuts = ("head_steps", "order", "cfg_interval")
 most_sources = 1
 parts_guidance = False
 tuned = ()
@@ -245,7 +246,10 @@ def schedule(config: Config, task: Task, batch: Batch) -> Rounds:
     else:
         places = task.cells.flatten().nonzero()[:, 0]
         orders = torch.stack([places[noise.order(len(places))] for noise in batch.noises])
-    return reveal_rounds(orders, task.rows, task.columns, task.steps)
+    if task.order == "random":
+        return reveal_rounds(orders, task.rows, task.columns, task.steps)
+    orders = gtr_orders(orders, task.columns)
+    return reveal_rounds(orders, task.rows, task.columns, task.steps, gtr_counts(orders[0], task.columns, task.steps))
 
 
 def latents(config: Config, images: int, rows: int, columns: int) -> tuple[int, ...]:

@@ -4,17 +4,30 @@ Letters as in model.py: B images, R guidance rows, n grid tokens, N tokens predi
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ....kernels._op import launches
-from ....kernels.ddpm_step import GUIDANCE, Drawn, step_table
+from ....kernels.ddpm_step import GUIDANCE, DDPMStep, Drawn, step_table
 from ....kernels.philox import token_noise
 from ...kv_cache import KVCache, Prompts
 from ...noise import Noise, Stream
-from ...schedules import Round, ddpm_table, guidance_at
+from ...schedules import Round, annealed_steps, ddpm_table, guidance_at
 from ...task import Task
+
+# With few steps the one from timestep 999 to the next multiplies the error of the predicted noise by hundreds.
+LATEST = 950
+
+
+@dataclass(frozen=True)
+class Table:
+    """A round's denoising steps, their embeddings (T, W), and (T, 8) of `step_table` where kernels take them."""
+
+    steps: list[DDPMStep]
+    embedded: Tensor
+    coefficients: Tensor | None
 
 
 class Sampler:
@@ -32,14 +45,11 @@ class Sampler:
         `edited`: MAR features (1, buffer + n, D) of an edit's source.
         """
         self.model, self.task, self.noises = model, task, noises
-        head = model.config.head
-        self.table = ddpm_table(head.train_steps, head.steps, head.max_beta)
-        self.steps = model.graphs.hold("timesteps", len(self.table), model.head.embed_steps(self.table))
+        self.tables: dict[int | None, Table] = {}
         self.keys: Tensor | None = None  # (B, 2) int64 of the images' seeds, where kernels draw the noise
-        if launches(self.steps) and all(noise.key for noise in noises):
-            device = self.steps.device
-            self.keys = torch.tensor([noise.key for noise in noises], device=device)
-            self.coefficients = step_table(self.table, task.guidance, task.temperature).to(device)
+        like = model.head.input_proj.weight
+        if launches(like) and all(noise.key for noise in noises):
+            self.keys = torch.tensor([noise.key for noise in noises], device=like.device)
             self.final = model.graphs.hold("final layer", (), model.head.final.folded())
         self.base = model.mar_decoder.base(edited)
         self.prompts = Prompts.of(rows)
@@ -54,17 +64,43 @@ class Sampler:
 
     def reveal(self, tokens: Tensor, plan: Round) -> Tensor:
         """tokens (B, n, 16) with one more round's tokens filled in."""
-        z = self.understand(tokens, plan)
+        z = self.understand(tokens, plan)  # of the conditional rows alone where guidance is off
         sampled = self.denoise(z, plan).to(tokens.dtype)
         return tokens.scatter(1, plan.predicted[..., None].expand_as(sampled), sampled)
 
     def understand(self, tokens: Tensor, plan: Round) -> Tensor:
         """Conditions z (R, N, D) of the tokens to predict."""
-        given = (tokens, plan.visible, plan.predicted, plan.source, *self.fixed)
+        fixed, prompts, guided = self.fixed, self.prompts, self.guided(plan)
+        if not guided:
+            prompts = prompts.first(len(tokens))
+            fixed = (*fixed[:-2], fixed[-2][: len(tokens)], fixed[-1])
+        given = (tokens, plan.visible, plan.predicted, plan.source, *fixed)
         if not self.model.llm.attend.ours:  # other backends take the prompts' lengths from the host
-            return self.model.understand(*given[:-4], self.prompts)
-        key = (*self.shape, plan.visible.shape[1], plan.predicted.shape[1])
+            return self.model.understand(*given[:-4], prompts)
+        key = (*self.shape, guided, plan.visible.shape[1], plan.predicted.shape[1])
         return self.model.graphs.run("round", key, self.model.understand_tensors, given)
+
+    def guided(self, plan: Round) -> bool:
+        """Whether a round has unconditional rows."""
+        first, end = self.task.cfg_interval
+        return self.task.guidance != 1.0 and first <= plan.begun < end
+
+    def table(self, plan: Round) -> "Table":
+        """Of the head's steps in a round; each is made when it is first needed."""
+        steps = self.task.head_steps and annealed_steps(*self.task.head_steps, plan.index, plan.of)
+        if steps not in self.tables:
+            self.tables[steps] = self._table(steps)
+        return self.tables[steps]
+
+    def _table(self, steps: int | None) -> "Table":
+        """None is the model's own number, over all its timesteps."""
+        model, head = self.model, self.model.config.head
+        made = ddpm_table(head.train_steps, steps or head.steps, head.max_beta, None if steps is None else LATEST)
+        embedded = model.graphs.hold("timesteps", steps, model.head.embed_steps(made))
+        coefficients = None
+        if self.keys is not None:
+            coefficients = step_table(made, self.task.guidance, self.task.temperature).to(self.keys.device)
+        return Table(made, embedded, coefficients)
 
     def denoise(self, z: Tensor, plan: Round) -> Tensor:
         """Latents (B, N, 16) float32 of the predicted tokens, from conditions z (R, N, D)."""
@@ -74,17 +110,19 @@ class Sampler:
 
     def recorded(self, z: Tensor, plan: Round, guidance: float) -> Tensor:
         """With all noise in memory beforehand; z (R N, D), returns (B N, 16)."""
-        channels, steps = self.model.config.head.channels, len(self.table)
+        channels, table = self.model.config.head.channels, self.table(plan)
+        steps = len(table.steps)
         pairs = list(zip(self.noises, plan.predicted, strict=True))
         start = torch.cat([noise.head_start(plan.index, at, channels) for noise, at in pairs])
         noise = torch.cat([noise.head_steps(plan.index, at, channels, steps) for noise, at in pairs], dim=1)
-        return self.model.head.sample(z, start, noise, self.table, self.steps, guidance, self.task.temperature)
+        return self.model.head.sample(z, start, noise, table.steps, table.embedded, guidance, self.task.temperature)
 
     def drawn(self, z: Tensor, plan: Round, guidance: float) -> Tensor:
         """The same with noise that kernels draw where they use it."""
         key, position = self.keys.repeat_interleave(plan.predicted.shape[1], dim=0), plan.predicted.flatten()
         start = token_noise(key, position, Stream.HEAD_START, 1, self.model.config.head.channels)[0]
-        self.coefficients[:, GUIDANCE].fill_(guidance)
+        table = self.table(plan)
+        table.coefficients[:, GUIDANCE].fill_(guidance)
         drawn = Drawn(key, position, Stream.HEAD_STEP)
-        once = self.coefficients, self.steps, self.final
+        once = table.coefficients, table.embedded, self.final
         return self.model.head.sample_drawn(z, start, drawn, *once, self.model.graphs)

@@ -34,6 +34,7 @@ from .prompts import IMAGE, TOKENIZERS, ids_of, texts_of  # noqa: F401 (IMAGE: a
 kinds = ("generate", "edit")
 fits = ("longest", "crop")
 posteriors = ("sample", "mean")
+shortcuts = ()
 most_sources = 1  # which the result has the size of
 parts_guidance = True
 tuned = ()

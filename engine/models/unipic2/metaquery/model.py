@@ -54,6 +54,7 @@ from .shrink import smaller
 kinds = ("generate", "edit", "ask")
 fits = ("longest", "crop")
 posteriors = ("sample", "mean")
+shortcuts = ()
 most_sources = 1  # which the result has the size of
 parts_guidance = True
 tuned = ()
