@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from unipic_run import __version__
 from unipic_run.bench.checkout import require_this_checkout
+from unipic_run.engine.arguments import shortcuts
 from unipic_run.engine.device import dtype_name
 from unipic_run.engine.engine import Engine
 from unipic_run.pocket.exam import CATEGORIES, Outcome, Sampling, draw_exam, sit_exam
@@ -36,13 +37,14 @@ Score = dict[str, float]  # "right" and "of" counts, "share", and the interval's
 def main(arguments: list[str] | None = None) -> int:
     root = require_this_checkout(__file__)
     options = parse(arguments)
+    cut = shortcuts(options.head_steps, options.order, options.cfg_interval)
     baseline = root / "bench" / "baselines" / "quality-quick.json"
     start = time.perf_counter()
     loading = {name: getattr(options, name) for name in ("device", "dtype", "quant", "attention")}
     with Engine.from_pretrained(options.model, **loading, say=complain) as engine:
-        how = Sampling(steps=options.iters, guidance=options.cfg)
+        how = Sampling(steps=options.iters, guidance=options.cfg, **cut)
         outcomes = sit_exam(engine, draw_exam(options.each, options.seed), how, options.seed)
-        summary = describe(options, engine)
+        summary = describe(options, engine) | cut
     scores = scored(outcomes)
     summary |= {"seconds": round(time.perf_counter() - start, 1), "scores": scores}
     if not options.json:
@@ -68,6 +70,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--update-baseline", action="store_true", help="with --quick: store this score instead")
     parser.add_argument("--iters", "--steps", type=int, help="rounds (default the model's)")
     parser.add_argument("--cfg", type=float, help="guidance (default the model's)")
+    parser.add_argument("--head-steps", metavar="A:B", help="in the first and in the last round")
+    parser.add_argument("--order", help="random or gtr")
+    parser.add_argument("--cfg-interval", metavar="A:B", help="shares of the run between which guidance is on")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
     parser.add_argument("--quant", choices=["none", "int8", "bnb8", "nf4"], help="by default as it is stored")

@@ -26,6 +26,9 @@ class Sampling(TypedDict, total=False):
 
     steps: int | None
     guidance: float | None
+    head_steps: tuple[int, int] | None
+    order: str
+    cfg_interval: tuple[float, float]
 
 
 @dataclass(frozen=True)
