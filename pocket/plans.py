@@ -40,11 +40,27 @@ class JointPlan:
     fresh_every: int = 120  # steps between new ones
 
 
-# Phases 2 to 5, half an hour, twice less than two hours and once two and a half on two CPU cores. Each goes on from the
-# weights of the one before, with other data.
-JOINT = (
+@dataclass(frozen=True)
+class DecoderPlan:
+    """Phase 5, half an hour on two CPU cores, half of it for drawing."""
+
+    steps: int = 3000
+    batch: int = 4  # whole pictures
+    redrawn: float = 0.75  # share of them
+    rate: float = 5e-4
+    matrix_rate: float = 0.004
+    seed: int = 6
+    shard: Sizes = Sizes(scenes=256, edits=0)
+    shards: int = 14
+
+
+# Half an hour each but for phases 3 and 4, less than two hours each, and phase 6, two and a half, on two CPU cores.
+# Each goes on from the weights of the one before, with other data.
+PHASES: tuple[VAEPlan | JointPlan | DecoderPlan, ...] = (
+    VAEPlan(),
     JointPlan(steps=1100, seed=2, hint_weights=(1.0, 1.0), words_first=250),
     JointPlan(steps=4900, seed=3, hint_weights=(1.0, 0.0), words_first=0),
     JointPlan(steps=4700, seed=4, hint_weights=(0.5, 0.0), words_first=0),
+    DecoderPlan(),
     JointPlan(steps=5800, seed=5, hint_weights=(0.3, 0.0), words_first=0, pictures=24, edits=10, answers=16),
 )

@@ -1,4 +1,4 @@
-"""Trains the pocket model from nothing: the autoencoder, then four times LLM, MAR and head together.
+"""Trains the pocket model from nothing: the autoencoder, then LLM, MAR and head together, with the decoder between.
 
 python -m unipic_run.pocket.train --minutes 150        a sitting; the same command again goes on where it ended
 
@@ -19,20 +19,22 @@ from torch import Tensor
 from ..engine.checkpoint import manifest
 from ..engine.checkpoint.config_file import read_config_file
 from ..engine.models.unipic.config import UniPicConfig
-from ..engine.models.unipic.model import UniPic
+from ..engine.models.unipic.model import UniPic, build
 from ..engine.models.unipic.prompts import IMAGE
 from ..engine.tokens import Tokens
 from .config import VAE, pocket_config
 from .export import export
-from .plans import JOINT, VAEPlan
+from .plans import PHASES, DecoderPlan, JointPlan, VAEPlan
 from .sheet import engine_of, look
 from .sitting import write_state
 from .tokenizer import END, pocket_tokenizer
+from .train_decoder import train_decoder
 from .train_joint import train_joint
 from .train_vae import Autoencoder, judge_vae, train_vae
 
 HERE = Path(__file__).parent
 VAE_STATE, VAE_DONE = "vae-state.safetensors", "vae.safetensors"
+FIRST_JOINT = 2
 
 
 def main() -> None:
@@ -41,18 +43,27 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     until = time.monotonic() + 60 * options.minutes
-    if not phases_in(options.out):
-        finish_vae(options)
-    while time.monotonic() < until and 0 < (done := phases_in(options.out)) <= len(JOINT):
-        joint(options, done - 1, (until - time.monotonic()) / 60)
-    if phases_in(options.out) > len(JOINT):
+    while time.monotonic() < until and (done := phases_in(options.out)) < len(PHASES):
+        sitting(options, done, (until - time.monotonic()) / 60)
+    if phases_in(options.out) == len(PHASES):
         print(f"{options.out} is trained to the end: delete it, and {options.work}, to begin anew")
 
 
-def finish_vae(options: argparse.Namespace) -> None:
+def sitting(options: argparse.Namespace, done: int, minutes: float) -> None:
+    """As much of the next phase as the minutes allow."""
+    match PHASES[done]:
+        case VAEPlan() as plan:
+            autoencoder(options, plan, minutes)
+        case JointPlan() as plan:
+            joint(options, plan, done + 1, minutes)
+        case DecoderPlan() as plan:
+            decoder(options, plan, done + 1, minutes)
+
+
+def autoencoder(options: argparse.Namespace, plan: VAEPlan, minutes: float) -> None:
     """A sitting of phase 1, and the finished autoencoder when that was the last."""
     work = options.work
-    vae, done = train_vae(VAE, VAEPlan(), work / VAE_STATE, options.minutes, options.device)
+    vae, done = train_vae(VAE, plan, work / VAE_STATE, minutes, options.device)
     judged = judge_vae(vae)
     print(f"autoencoder: {judged.psnr:.1f} dB, {judged.read:.3f} of test scenes read, deviation {judged.std:.3f}")
     if done:
@@ -79,42 +90,65 @@ def begun(folder: Path) -> tuple[dict[str, Tensor], float]:
     return {name: tensor.float() for name, tensor in load_file(path).items()}, scale
 
 
-def joint(options: argparse.Namespace, phase: int, minutes: float) -> None:
-    """A sitting of a joint phase, a look at the model, and its export when the phase is over."""
-    work, plan = options.work, JOINT[phase]
-    work.mkdir(parents=True, exist_ok=True)
-    tensors, scale = begun(options.out)
-    vae = Autoencoder(VAE)
-    vae.load_state_dict({name: tensors[name] for name in vae.state_dict()})
-    vae.to(options.device, memory_format=torch.channels_last).requires_grad_(False).eval()
-    tokens = saved_tokens(work)
-    config = configured(tokens, scale)
+class Later:
+    """A phase after the first: what it begins with, looks at the model on the way, and the export at its end."""
 
-    def show(model: UniPic, weights: dict[str, Tensor], step: int) -> None:
-        with engine_of(model, weights, tokens) as engine:
-            shares = look(engine, work / f"sheet-{phase + 2}-{step:06}.png")
-        row = {"phase": phase + 2, "step": step, **{name: round(share, 3) for name, share in shares.items()}}
-        with (work / "curve.jsonl").open("a", encoding="utf-8") as curve:
+    def __init__(self, options: argparse.Namespace, number: int) -> None:
+        self.number, self.work, self.out = number, options.work, options.out
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.tensors, scale = begun(self.out)
+        self.vae = Autoencoder(VAE)
+        self.vae.load_state_dict({name: self.tensors[name] for name in self.vae.state_dict()})
+        self.vae.to(options.device, memory_format=torch.channels_last).requires_grad_(False).eval()
+        self.tokens = saved_tokens(self.work)
+        self.config = configured(self.tokens, scale)
+        self.state = self.work / f"state-{number}.safetensors"
+        self.data = self.work / f"data-{number}"
+
+    def show(self, model: UniPic, weights: dict[str, Tensor], step: int) -> None:
+        with engine_of(model, weights, self.tokens) as engine:
+            shares = look(engine, self.work / f"sheet-{self.number}-{step:06}.png")
+        row = {"phase": self.number, "step": step, **{name: round(share, 3) for name, share in shares.items()}}
+        with (self.work / "curve.jsonl").open("a", encoding="utf-8") as curve:
             curve.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
 
+    def end(self, weights: dict[str, Tensor]) -> None:
+        export(self.out, self.config, weights, {"trained by": "pocket/train.py", "phases": self.number})
+        print(f"phase {self.number} is over: {self.out}")
+
+
+def joint(options: argparse.Namespace, plan: JointPlan, number: int, minutes: float) -> None:
+    """A sitting of LLM, MAR and head, and a look at the model."""
+    phase = Later(options, number)
     model, weights, run, done = train_joint(
-        config,
-        vae,
-        tensors if phase else None,
-        tokens,
+        phase.config,
+        phase.vae,
+        phase.tensors if number > FIRST_JOINT else None,
+        phase.tokens,
         plan,
-        work / f"joint-state-{phase + 2}.safetensors",
-        work / f"shards-{phase + 2}",
+        phase.state,
+        phase.data,
         minutes,
         options.device,
-        show,
+        phase.show,
         options.look_every,
     )
-    show(model, weights, run.step)
+    phase.show(model, weights, run.step)
     if done:
-        export(options.out, config, weights, {"trained by": "pocket/train.py", "phases": phase + 2})
-        print(f"phase {phase + 2} is over: {options.out}")
+        phase.end(weights)
+
+
+def decoder(options: argparse.Namespace, plan: DecoderPlan, number: int, minutes: float) -> None:
+    """A sitting of the decoder on what the model draws, and a look at the model."""
+    phase = Later(options, number)
+    model = build(phase.config)
+    model.load_state_dict(phase.tensors)
+    model.to(options.device).requires_grad_(False).eval()
+    weights, run, done = train_decoder(model, phase.vae, phase.tokens, plan, phase.state, phase.data, minutes)
+    phase.show(model, weights, run.step)
+    if done:
+        phase.end(weights)
 
 
 def configured(tokens: Tokens, scale: float) -> UniPicConfig:

@@ -1,5 +1,6 @@
 """Training runs the model that inference runs, goes down, and is the same whether interrupted or not."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -20,10 +21,11 @@ from unipic_run.pocket.data import label
 from unipic_run.pocket.export import export
 from unipic_run.pocket.losses import answer_losses, conditions
 from unipic_run.pocket.muon import orthogonal
-from unipic_run.pocket.plans import JointPlan, Sizes, VAEPlan
+from unipic_run.pocket.plans import DecoderPlan, JointPlan, Sizes, VAEPlan
 from unipic_run.pocket.samples import sample
 from unipic_run.pocket.sitting import Plan, Run, generator, sit
 from unipic_run.pocket.tokenizer import END, UNKNOWN, pocket_tokenizer
+from unipic_run.pocket.train_decoder import SHARES, redrawn, train_decoder
 from unipic_run.pocket.train_joint import Joint, initialise, train_joint
 from unipic_run.pocket.train_vae import Autoencoder, crops, judge_vae, train_vae, vae_losses
 from unipic_run.pocket.vocabulary import vocabulary
@@ -212,6 +214,39 @@ def recording(advance, losses):
         advance(run, found)
 
     return recorded
+
+
+def test_the_model_draws_only_a_share_of_a_picture_anew(random_model, tokens):
+    samples = [sample(np.random.default_rng(3), "binding", "train") for _ in range(3)]
+    latents = torch.randn(3, GRID**2, 16, generator=generator(3, 0))
+    again, same, other = (
+        redrawn(random_model, tokens, samples, latents, np.random.default_rng(seed), generator(seed, 1))
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(again, same) and not torch.equal(again, other)
+    changed = (again != latents).all(-1)
+    assert torch.equal(changed, (again != latents).any(-1))
+    assert changed.sum(1).tolist() == [round(np.random.default_rng(1).uniform(*SHARES) * GRID**2)] * 3
+    assert again.isfinite().all()
+
+
+def test_the_decoder_learns_from_what_the_model_draws_and_nothing_else_changes(
+    random_model, vae, tokens, tmp_path, monkeypatch
+):
+    plan = DecoderPlan(steps=12, batch=2, rate=2e-3, matrix_rate=0.02, shard=Sizes(scenes=2, edits=0), shards=1)
+    losses = []
+    monkeypatch.setattr(Run, "advance", recording(Run.advance, losses))
+    before = {name: tensor.clone() for name, tensor in random_model.state_dict().items()}
+    kept = []
+    for _ in range(2):  # the second finds what the first has drawn
+        model = copy.deepcopy(random_model)
+        weights, run, done = train_decoder(model, vae, tokens, plan, None, tmp_path, 1.0)
+        kept.append(weights)
+        assert done and run.step == plan.steps
+    assert losses[11] < 0.9 * losses[0]
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in before)
+    assert all(torch.equal(before[name], kept[0][name]) for name in before if not name.startswith("vae_decoder."))
+    assert not torch.equal(before["vae_decoder.conv_out.weight"], kept[0]["vae_decoder.conv_out.weight"])
 
 
 @pytest.mark.parametrize("shape", [(24, 64), (64, 24)])
