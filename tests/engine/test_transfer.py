@@ -19,7 +19,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 def placement(part: str, where: Where) -> Placement:
     """Of a model's one part, which the stage "all" needs and "none" does not."""
     stages = {"all": (part,) if where != "resident" else (), "none": ()}
-    return Placement({part: where}, stages, frozenset(), (), 1, {}, 0.0, False, 0)
+    return Placement({part: where}, stages, frozenset(), (), 1, False, {}, 0.0, False, 0)
 
 
 def llm(int8: bool = False) -> nn.Module:
