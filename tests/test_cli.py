@@ -86,6 +86,7 @@ def test_gen_names_pictures_after_prompt_and_seed_and_never_replaces_one(run, mo
 
 def test_from_repeats_a_picture_and_options_on_the_line_win(run, model):
     options = ("--size", "144x112", "--steps", "3", "--seed", "5", "--cfg", "2", "--cfg-schedule", "linear")
+    options += ("--head-steps", "3:2", "--order", "gtr", "--cfg-interval", "0:0.5")
     assert run("gen", "x", "-m", model, *options, "--negative", "blur", "-o", "a.png", "--dtype", "fp32")[0] == 0
     assert run("gen", "--from", "a.png", "-m", model, "-o", "b.png")[0] == 0
     assert np.array_equal(pixels("a.png"), pixels("b.png"))
@@ -93,6 +94,19 @@ def test_from_repeats_a_picture_and_options_on_the_line_win(run, model):
     assert run("gen", "y", "--from", "a.png", "-m", model, "--seed", "6", "--res", "128", "-o", "c.png")[0] == 0
     changed = {"prompt": "y", "seed": 6, "size": "128x128"}
     assert read_settings("c.png") == {**read_settings("a.png"), **changed}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--head-steps", "50"), "--head-steps '50' is not A:B: write for example 50:5"),
+        (("--cfg-interval", "1:0"), "cfg_interval 1 to 0 is empty"),
+        (("--order", "raster"), "order 'raster' is unknown: choose from random, gtr"),
+    ],
+)
+def test_shortcuts_that_are_none_are_refused(run, model, options, said):
+    code, _, err = run("gen", "x", "-m", model, *options)
+    assert code == 2 and said in err and not pngs()
 
 
 def test_auto_says_what_it_chose_and_pictures_do_not_say_auto(run, model):
