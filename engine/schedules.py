@@ -75,26 +75,29 @@ class Rounds:
         return Rounds(self.rows, self.columns, tuple(moved))
 
 
-# Generation then reconstruction (GtR, arXiv 2510.17171): residues of (row + column) mod 4 in the order in which their
-# tokens are revealed, with the share of the rounds that each set takes. The paper's, for 32 rounds of 256 tokens: 64
-# tokens in 24, 64 in 6, and the other colour of the checkerboard in 2.
-GTR = (((0,), 24 / 32), ((2,), 6 / 32), ((1, 3), 2 / 32))
+# Generation then reconstruction (GtR, arXiv 2510.17171): to which set of tokens (row + column) mod 4 belongs, the sets
+# in the order of their reveal, and the share of the rounds of each. The paper's, for 32 rounds of 256 tokens: 64 tokens
+# in 24, 64 in 6, and the other colour of the checkerboard in 2.
+GTR_SETS = (0, 2, 1, 2)
+GTR_ROUNDS = (24 / 32, 6 / 32, 2 / 32)
+
+
+def gtr_sets(places: Tensor, columns: int) -> Tensor:
+    """The set of each raster position."""
+    return torch.tensor(GTR_SETS)[(places // columns + places % columns) % len(GTR_SETS)]
 
 
 def gtr_orders(orders: Tensor, columns: int) -> Tensor:
-    """Random reveal orders (B, M) with the sets of GTR one after the other; the first revealed stand last, as ever."""
-    residue = (orders // columns + orders % columns) % 4
-    stage = sum(torch.isin(residue, torch.tensor(of)) * number for number, (of, _) in enumerate(GTR))
-    return orders.gather(1, stage.argsort(dim=1, descending=True, stable=True))
+    """Random reveal orders (B, M) with the sets one after the other; the first revealed stand last, as ever."""
+    return orders.gather(1, gtr_sets(orders, columns).argsort(dim=1, descending=True, stable=True))
 
 
 def gtr_counts(order: Tensor, columns: int, steps: int) -> list[tuple[int, int]]:
-    """As `reveal_counts` of an order (M) of `gtr_orders`: an even pace within a set, rounds by the shares of GTR.
+    """As `reveal_counts` of an order (M) of `gtr_orders`: an even pace within a set, rounds by GTR_ROUNDS.
 
-    A set has no more rounds than tokens, at least one where it has tokens, and all rounds to itself when it is alone.
+    A set has no more rounds than tokens, and at least one if it has any: so there may be three where fewer are asked.
     """
-    residue = (order // columns + order % columns) % 4
-    sizes = [int(torch.isin(residue, torch.tensor(of)).sum()) for of, _ in GTR]
+    sizes = gtr_sets(order, columns).bincount(minlength=len(GTR_ROUNDS)).tolist()
     counts, now = [], len(order)
     for size, rounds in zip(sizes, _shared_out(sizes, steps), strict=True):
         for step in range(rounds):
@@ -106,7 +109,7 @@ def gtr_counts(order: Tensor, columns: int, steps: int) -> list[tuple[int, int]]
 
 def _shared_out(sizes: Sequence[int], steps: int) -> list[int]:
     """Rounds of each set of so many tokens, about `steps` in all, at least one each; the first takes the rest."""
-    later = [min(size, max(1, round(share * steps))) for size, (_, share) in zip(sizes[1:], GTR[1:], strict=True)]
+    later = [min(size, max(1, round(share * steps))) for size, share in zip(sizes[1:], GTR_ROUNDS[1:], strict=True)]
     return [min(sizes[0], max(1, steps - sum(later))), *later]
 
 

@@ -29,6 +29,16 @@ def test_the_command_tells_what_the_function_says(capsys):
     assert set(expected["stages"]) == {"condition", "sample", "decode"} and expected["gpu"] == "rtx4090"
 
 
+def test_shortcuts_are_planned_and_those_of_other_models_refused():
+    exact, short = (estimate("unipic", "gen", **SMALL, shortcuts=s) for s in (None, {"head_steps": (10, 5)}))
+    assert short["head_steps"] == (10, 5) and exact["head_steps"] is None
+    assert short["stages"]["sample"]["launches"] < 0.5 * exact["stages"]["sample"]["launches"]
+    with pytest.raises(UsageError, match="order gtr has no meaning for this model"):
+        estimate("deepgen", "gen", shortcuts={"order": "gtr"})
+    with pytest.raises(UsageError, match="order of a question"):
+        estimate("unipic", "ask", shortcuts={"order": "gtr"})
+
+
 def test_what_a_card_leaves_to_torch_is_said(capsys, monkeypatch, tmp_path):
     listed = {"norm": {"bfloat16 512x1536 1536 True": {}, "bfloat16 64x1536 1536 True": {}}, "gated_add": {"x": {}}}
     table = {"source": "measured", "shared_bytes": 1, "kernels": {}, "torch": listed}
