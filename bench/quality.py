@@ -96,12 +96,19 @@ def describe(options: argparse.Namespace, engine: Engine) -> dict[str, Any]:
     """The settings and versions without which a score means nothing."""
     return {
         "bench": "quality",
-        "model": engine.name,
         "each": options.each,
         "seed": options.seed,
         "iters": options.iters or engine.config.rounds,
         "cfg": engine.config.guidance if options.cfg is None else options.cfg,
         "head_steps": engine.config.head.steps,
+        **made_by(engine),
+    }
+
+
+def made_by(engine: Engine) -> dict[str, Any]:
+    """The model as it was loaded, and where."""
+    return {
+        "model": engine.name,
         "dtype": dtype_name(engine.dtype),
         "quant": engine.quant,
         "attention": engine.attention,

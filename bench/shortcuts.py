@@ -10,7 +10,6 @@ fewer steps alone are the controls. One JSON line last.
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -18,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from unipic_run import __version__
 from unipic_run.bench.checkout import require_this_checkout
-from unipic_run.engine.device import dtype_name
+from unipic_run.bench.quality import made_by
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.estimate import estimate
 from unipic_run.pocket.exam import Sampling, draw_exam, generations
@@ -57,15 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
             rows[name] = price(right["exact"], right[name]) | {"seconds": seconds} | predicted(how)
             rows[name]["ratio"] = round(seconds / rows["exact"]["seconds"], 3)
             print(line(name, rows[name]), file=sys.stderr, flush=True)
-        summary = {
-            "bench": "shortcuts",
-            "model": engine.name,
-            "pictures": len(samples),
-            "seed": options.seed,
-            "dtype": dtype_name(engine.dtype),
-            "device": str(engine.device),
-            "versions": {"unipic_run": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        }
+        summary = {"bench": "shortcuts", "pictures": len(samples), "seed": options.seed, **made_by(engine)}
     summary |= {"predicted for": {"model": "unipic", "res": 1024, **PREDICTED}, "ways": rows}
     if options.out is not None:
         options.out.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
