@@ -41,6 +41,8 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Answers:
+    """Latents (B, n, 16), and the words of as many questions about each picture, (B K, S), picture by picture."""
+
     latents: Tensor
     words: Words
 
@@ -83,12 +85,11 @@ class Draw:
         words = self._words(self._dropped(texts, "edit"))
         return Pictures(self._up(shard.targets[chosen]), words, sources=self._up(shard.sources[chosen]))
 
-    def answers(self, count: int) -> Answers:
+    def answers(self, count: int, each: int) -> Answers:
         shard, chosen = self._chosen("samples", count)
-        asked = ask_about(self.rng, [shard.samples[i].scene for i in chosen])
-        texts = [turn("ask", question) for _, question, _ in asked]
-        words = self._words(texts, [answer + END for _, _, answer in asked])
-        return Answers(self._up(shard.latents[[chosen[i] for i, _, _ in asked]]), words)
+        asked = [ask_about(self.rng, shard.samples[i].scene) for i in chosen for _ in range(each)]
+        words = self._words([turn("ask", question) for question, _ in asked], [answer + END for _, answer in asked])
+        return Answers(self._up(shard.latents[chosen]), words)
 
     def _chosen(self, what: str, count: int) -> tuple[Shard, list[int]]:
         shard = self.shards[int(self.rng.integers(len(self.shards)))]

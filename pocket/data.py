@@ -4,7 +4,7 @@ A shard follows from (seed, its number) and the autoencoder; only its latents, w
 are drawn anew whenever a scene is used.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -106,11 +106,8 @@ def _covered(figure: Figure) -> np.ndarray:
     return full.reshape(GRID, STRIDE, GRID, STRIDE).mean((1, 3))
 
 
-def ask_about(rng: Generator, scenes: Sequence[Scene]) -> list[tuple[int, str, str]]:
-    """A question about each scene that allows one of the drawn kind: (index of the scene, question, answer)."""
-    asked = []
-    for index, scene in enumerate(scenes):
-        found = questions.MAKERS[pick(rng, ASKED)](rng, scene)
-        if found is not None:
-            asked.append((index, *found))
-    return asked
+def ask_about(rng: Generator, scene: Scene) -> tuple[str, str]:
+    """A question about a scene, and its answer."""
+    while True:  # not every kind has one about every scene
+        if found := questions.MAKERS[pick(rng, ASKED)](rng, scene):
+            return found

@@ -176,13 +176,23 @@ def process_of(steps: int, max_beta: float, device: torch.device) -> Process:
 
 
 def answer_losses(model: UniPic, tokens: Tokens, batch: Answers) -> Losses:
-    """Cross-entropy of the answers' words and their end."""
+    """Cross-entropy of the answers' words and their end.
+
+    The questions about one picture stand behind it in one sequence: each sees the picture and itself, as if alone.
+    """
     _, image = looked_at(model, tokens, batch.latents)
-    x = torch.cat([image, model.embed(batch.words.ids)], dim=1)
-    hidden = read(model, x, torch.arange(x.shape[1], device=x.device)[None], None)
-    before = hidden[:, image.shape[1] - 1 : -1][batch.words.answers]  # what each answer word follows
-    logits = F.linear(before, model.embed.weight)
-    return {"answer": F.cross_entropy(logits, batch.words.ids[batch.words.answers])}
+    asked = model.embed(batch.words.ids)  # (B K, L, H)
+    (pictures, seen, width), (questions, length) = image.shape, batch.words.ids.shape
+    each = questions // pictures
+    at = torch.arange(seen + each * length, device=image.device)
+    number = (at - seen).div(length, rounding_mode="floor")  # of the question; below zero for the picture
+    positions = torch.where(at < seen, at, seen + (at - seen) % length)
+    mask = (positions[:, None] >= positions) & ((number < 0) | (number[:, None] == number))
+    x = torch.cat([image, asked.view(pictures, -1, width)], dim=1)
+    hidden = read(model, x, positions[None], mask[None, None])[:, seen:].reshape(asked.shape)
+    answers = batch.words.answers
+    before = hidden[:, :-1][answers[:, 1:]]  # what each answer word follows; a row begins with the question
+    return {"answer": F.cross_entropy(F.linear(before, model.embed.weight), batch.words.ids[answers])}
 
 
 def masked_share(step: int, words_first: int) -> float:

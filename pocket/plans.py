@@ -30,7 +30,8 @@ class JointPlan:
     words_first: int  # steps with every token masked, before steps with other shares
     pictures: int = 28  # a step
     edits: int = 6  # every other step
-    answers: int = 8  # the steps between
+    answers: int = 8  # pictures that are asked about, in the steps between
+    questions: int = 1  # about each
     rate: float = 1e-3  # AdamW's
     matrix_rate: float = 0.005  # Muon's; at 0.02 the prompt was never used
     decay: float = 0.35
@@ -62,5 +63,18 @@ PHASES: tuple[VAEPlan | JointPlan | DecoderPlan, ...] = (
     JointPlan(steps=4900, seed=3, hint_weights=(1.0, 0.0), words_first=0),
     JointPlan(steps=4700, seed=4, hint_weights=(0.5, 0.0), words_first=0),
     DecoderPlan(),
-    JointPlan(steps=5800, seed=5, hint_weights=(0.3, 0.0), words_first=0, pictures=24, edits=10, answers=16),
+    JointPlan(
+        steps=3000,
+        seed=5,
+        hint_weights=(0.3, 0.0),
+        words_first=0,
+        pictures=12,
+        edits=20,
+        answers=8,
+        questions=12,
+        rate=6e-4,
+        matrix_rate=0.003,
+        decay=0.7,
+    ),
+    DecoderPlan(seed=7),
 )

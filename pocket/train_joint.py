@@ -62,7 +62,7 @@ def joint_losses(joint: Joint, tokens: Tokens, plan: JointPlan, draw: Draw, step
         total = total + 2 * (edited["noise"] + VARIANCE_WEIGHT * edited["variance"]) * plan.edits / plan.pictures
         losses["edit"] = edited["noise"]
     else:
-        losses |= answer_losses(model, tokens, draw.answers(plan.answers))
+        losses |= answer_losses(model, tokens, draw.answers(plan.answers, plan.questions))
         total = total + 2 * ANSWER_WEIGHT * losses["answer"]
     return {"loss": total} | {name: value.detach() for name, value in losses.items()}
 

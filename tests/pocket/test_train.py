@@ -118,12 +118,14 @@ def test_training_sees_what_sampling_sees(random_model, tokens, kind):
 
 def test_training_foresees_what_answering_says(random_model, tokens):
     """The cross-entropy of a batch against the logits of the decoding loop."""
-    model, questions, answers = random_model, ("what color is the ring?", "count the stars"), ("blue", "a red circle")
-    latents = torch.randn(2, GRID**2, 16, generator=generator(2, 2))
+    model = random_model
+    questions = ("what color is the ring?", "count the stars", "where is the cross?", "describe the picture")
+    answers = ("blue", "a red circle", "two", "in the middle")
+    latents = torch.randn(2, GRID**2, 16, generator=generator(2, 2))  # two questions about each
     words = words_of(tokens, [turn("ask", question) for question in questions], [said + END for said in answers])
     expected = []
     with torch.inference_mode():
-        for row, question, said in zip(latents, questions, answers, strict=True):
+        for row, question, said in zip(latents.repeat_interleave(2, 0), questions, answers, strict=True):
             position = model.mar_encoder.positions(GRID, GRID)
             x_con = model.mar_encoder(row[None], family.all_visible(row[None]), position)
             features = family.buffers_last(model.proj_in(x_con), model.config.mar.buffer)
