@@ -9,16 +9,16 @@ if TYPE_CHECKING:
     from .engine.engine import Engine
     from .engine.errors import UnipicError
     from .engine.noise import Tape
+    from .engine.outcome import Answer, CancelToken, Event, Result
     from .engine.png_metadata import save_png
-    from .engine.request import Answer, CancelToken, Event, Result
 
 _PUBLIC = {
     "Engine": "engine.engine",
     "UnipicError": "engine.errors",
-    "Result": "engine.request",
-    "Answer": "engine.request",
-    "Event": "engine.request",
-    "CancelToken": "engine.request",
+    "Result": "engine.outcome",
+    "Answer": "engine.outcome",
+    "Event": "engine.outcome",
+    "CancelToken": "engine.outcome",
     "Tape": "engine.noise",
     "save_png": "engine.png_metadata",
 }

@@ -15,8 +15,9 @@ import typer
 from unipic_run import __version__
 from unipic_run.engine import arguments as a
 from unipic_run.engine import options as o
+from unipic_run.engine.checks import PATCH
 from unipic_run.engine.errors import UsageError
-from unipic_run.engine.request import PATCH, AskRequest, EditRequest, GenerateRequest
+from unipic_run.engine.request import AskRequest, EditRequest, GenerateRequest
 from unipic_run.engine.saving import Order, make_pictures, open_engine
 from unipic_run.engine.terminal import Terminal, gigabytes
 

@@ -36,8 +36,8 @@ from unipic_run.engine.layers.attention import Attention
 from unipic_run.engine.loaded import Loaded
 from unipic_run.engine.models.unipic.config import RELEASED
 from unipic_run.engine.noise import PhiloxNoise
+from unipic_run.engine.outcome import CancelToken
 from unipic_run.engine.plan import META, shapes
-from unipic_run.engine.request import CancelToken
 from unipic_run.engine.run import Clock, Watch, run_batch
 from unipic_run.engine.task import Batch, Task
 from unipic_run.kernels import _tuned

@@ -42,7 +42,7 @@ from unipic_run.engine.budget import as_vram
 from unipic_run.engine.device import as_device, dtype_name, memory_peak
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.errors import UnipicError, UnipicWarning
-from unipic_run.engine.request import Event
+from unipic_run.engine.outcome import Event
 
 TOKENIZER = Path("tests/data/unipic-tiny/Qwen2.5-1.5B-Instruct/tokenizer.json")
 TASKS = ("gen", "edit", "ask")

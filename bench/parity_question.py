@@ -8,9 +8,10 @@ from unipic_run.bench.parity_case import Case
 from unipic_run.bench.parity_ledger import EXACT, NETWORK, Ledger
 from unipic_run.bench.parity_runs import joined, prompt_ids
 from unipic_run.bench.parity_watch import Watch
+from unipic_run.engine.checks import PATCH
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.errors import UnipicWarning
-from unipic_run.engine.request import PATCH, Answer
+from unipic_run.engine.outcome import Answer
 
 
 def replay_question(engine: Engine, case: Case) -> Ledger:

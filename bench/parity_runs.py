@@ -10,12 +10,13 @@ from torch import Tensor
 from unipic_run.bench.parity_case import Case
 from unipic_run.bench.parity_ledger import EXACT, NETWORK, Ledger
 from unipic_run.bench.parity_watch import Prefill, Watch
+from unipic_run.engine.checks import PATCH
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.errors import UnipicWarning
 from unipic_run.engine.kv_cache import KVCache
 from unipic_run.engine.models.unipic.prompts import TURN, UNCONDITIONAL, turn
 from unipic_run.engine.noise import Tape
-from unipic_run.engine.request import PATCH, Result
+from unipic_run.engine.outcome import Result
 from unipic_run.engine.schedules import Round
 
 PADS = "pad slots: prompts are never padded here"

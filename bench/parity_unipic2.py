@@ -11,6 +11,7 @@ from unipic_run.bench.parity_case import Case
 from unipic_run.bench.parity_deepgen import INJECTED, LEVELS_OFF, WatchedSampler, replay_levels, tape
 from unipic_run.bench.parity_ledger import EXACT, Ledger
 from unipic_run.bench.parity_stream import Stream
+from unipic_run.engine.checks import PATCH
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.errors import UnipicWarning
 from unipic_run.engine.models.deepgen import model as deepgen
@@ -20,7 +21,6 @@ from unipic_run.engine.models.unipic2.kontext.prompts import TOKENIZERS, ids_of
 from unipic_run.engine.models.unipic2.metaquery import prompts as metaquery
 from unipic_run.engine.models.unipic2.metaquery.shrink import smaller
 from unipic_run.engine.picture import resize, to_pixels
-from unipic_run.engine.request import PATCH
 from unipic_run.engine.run import to_levels
 from unipic_run.engine.task import Batch, Task
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from unipic_run.engine import gpus
+from unipic_run.engine.checks import PATCH
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.layers.attention import Attention
 from unipic_run.engine.loaded import Loaded
 from unipic_run.engine.noise import PhiloxNoise
 from unipic_run.engine.plan import META, Plan, dry_run, shapes
-from unipic_run.engine.request import PATCH
 from unipic_run.engine.task import Batch, Task
 
 

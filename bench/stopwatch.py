@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from unipic_run.bench.ops import seconds
+from unipic_run.engine.checks import PATCH
 from unipic_run.engine.loaded import Loaded
 from unipic_run.engine.meter import Call, Meter
 from unipic_run.engine.noise import PhiloxNoise
-from unipic_run.engine.request import PATCH, CancelToken
+from unipic_run.engine.outcome import CancelToken
 from unipic_run.engine.run import Clock, Watch, run_batch
 from unipic_run.engine.task import Batch, Task
 from unipic_run.kernels import attention

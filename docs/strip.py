@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from unipic_run import Engine
-from unipic_run.engine.request import Event
+from unipic_run.engine.outcome import Event
 
 PROMPT = "a purple star to the left of a red circle"
 QUESTION = "how many stars are there?"

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from .checks import PATCH
 from .errors import UsageError
-from .request import GPU_BATCH, PATCH, SAMPLED, Sampling, as_sampling
+from .request import GPU_BATCH
+from .sampling import SAMPLED, Sampling, as_sampling
 
 if TYPE_CHECKING:
     from PIL.Image import Image

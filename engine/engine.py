@@ -13,24 +13,20 @@ from .checkpoint.manifest import Progress
 from .errors import UsageError
 from .loading import load
 from .noise import Noise
+from .outcome import Answer, CancelToken, Event, Result
 from .picture import open_image, open_mask
 from .prepare import edit_task, generate_task
 from .request import (
-    Answer,
     AskOptions,
     AskRequest,
-    CancelToken,
     EditRequest,
-    Event,
     GenerateRequest,
     LargestOptions,
-    Result,
-    SamplingOptions,
     as_margins,
     as_prompts,
-    as_sampling,
     as_size,
 )
+from .sampling import SamplingOptions, as_sampling
 from .worker import Worker
 
 ImageSource = Image.Image | str | os.PathLike[str] | bytes  # bytes: an encoded file

@@ -27,8 +27,9 @@ from .outline import KINDS, LIMIT, PROMPT, task_of
 from .placing import no_room
 from .plan import META, Plan, Stage, shapes, taken
 from .prepare import check_shortcuts
-from .request import GPU_BATCH, SHORTCUTS, TASKS, Largest, SamplingOptions, as_sampling
+from .request import GPU_BATCH, TASKS, Largest
 from .residency import DoesNotFit, Placement, Work, describe, fit
+from .sampling import SHORTCUTS, SamplingOptions, as_sampling
 from .segments import STEP, GrowingSegments, rounded
 from .task import Task
 from .verbs import Verbs

@@ -9,11 +9,12 @@ from PIL import Image
 from .device import TAKE_LESS, dtype_name, out_of_memory
 from .errors import BudgetError, UnsupportedDeviceError, UsageError
 from .noise import Noise, PhiloxNoise
+from .outcome import CancelToken, Event
 from .picture import to_images
 from .prepare import Finish
-from .request import MAX_SEED, CancelToken, Event, Sampling
 from .room import Room
 from .run import Clock, Watch, run_batch
+from .sampling import MAX_SEED, Sampling
 from .task import Batch, Task
 
 

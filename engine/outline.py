@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from .checks import PATCH
 from .plan import META
-from .request import PATCH, Largest
+from .request import Largest
 from .task import Task
 from .verbs import Verbs
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps
 
+from .checks import PATCH
 from .errors import ImageError
 from .image_file import ImageFile, check_pixels, image_file, image_name
-from .request import PATCH
 
 if TYPE_CHECKING:
     import torch

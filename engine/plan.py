@@ -25,8 +25,8 @@ from .gpus import Card
 from .layers.attention import Attention
 from .loaded import Loaded, Placed
 from .meter import Call, Meter
+from .outcome import CancelToken, Event
 from .repeats import once
-from .request import CancelToken, Event
 from .residency import Placement
 from .run import Watch, run_batch, to_levels
 from .task import Batch, Task

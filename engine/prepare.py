@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from PIL import Image
 
+from .checks import PATCH
 from .errors import UnipicWarning, UsageError
 from .picture import Canvas, center_crop, composite, fit_mask, pad_to_patch, resize, to_pixels
-from .request import PATCH, SHORTCUTS, EditRequest, GenerateRequest, Sampling
+from .request import EditRequest, GenerateRequest
+from .sampling import SHORTCUTS, Sampling
 from .task import Task
 from .verbs import Verbs
 

@@ -10,9 +10,10 @@ from PIL import Image
 from .device import memory_peak, out_of_memory
 from .errors import BudgetError
 from .noise import PhiloxNoise
+from .outcome import Answer, CancelToken
 from .picture import to_pixels
 from .precision import true_float32
-from .request import Answer, AskRequest, CancelToken
+from .request import AskRequest
 from .room import Room
 from .run import Clock
 from .text import decode_text

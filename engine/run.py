@@ -16,9 +16,9 @@ from torch import Tensor
 from ..kernels._warm_up import WarmUp, warming_up
 from .errors import UnipicWarning
 from .loaded import Loaded
+from .outcome import CancelToken, Event
 from .picture import to_images
 from .precision import true_float32
-from .request import CancelToken, Event
 from .task import Batch, Task
 
 LAST = "decode"  # the stage behind which what was compiled is said; an answer's reader says it at the end

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from .errors import UsageError
-from .request import MAX_SEED, SAMPLED, Event, Sampling
+from .outcome import Event
+from .sampling import MAX_SEED, SAMPLED, Sampling
 from .terminal import Terminal
 
 if TYPE_CHECKING:

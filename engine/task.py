@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .noise import Noise
-from .request import WHOLE_RUN
+from .sampling import WHOLE_RUN
 
 
 @dataclass(frozen=True)

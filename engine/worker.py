@@ -22,22 +22,14 @@ from .loaded import Loaded
 from .lock import CallLock
 from .making import Job, jobs_of, make_images
 from .noise import Noise
+from .outcome import Answer, CancelToken, Event, Result
 from .placing import Placing
 from .prepare import Defaults, Finish, check_shortcuts, note_doubts
 from .reading import Reader, answer_all
-from .request import (
-    GPU_BATCH,
-    SAMPLED,
-    Answer,
-    AskRequest,
-    CancelToken,
-    EditRequest,
-    Event,
-    GenerateRequest,
-    Result,
-)
+from .request import GPU_BATCH, AskRequest, EditRequest, GenerateRequest
 from .room import Room
 from .run import Clock
+from .sampling import SAMPLED
 from .source import UNVERIFIED, Source
 from .task import Task
 from .tokens import Tokens

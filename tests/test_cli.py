@@ -21,7 +21,8 @@ from unipic_run.engine.arguments import parse_outpaint, parse_size
 from unipic_run.engine.errors import OutputError, UsageError
 from unipic_run.engine.outputs import Outputs
 from unipic_run.engine.png_metadata import read_settings, save_png
-from unipic_run.engine.request import Sampling, as_largest
+from unipic_run.engine.request import as_largest
+from unipic_run.engine.sampling import Sampling
 from unipic_run.engine.saving import Order
 from unipic_run.engine.terminal import printable
 

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TOP = ("kernels", "quant", "engine", "pocket", "bench", "cli")
 # The engine's storeys, lowest first. A new file gets its place here; the more specific name wins.
 ENGINE = (
-    "errors request precision schedules noise kv_cache graphs tokens gpus formulas meter segments foreseen "
-    "repeats device lock task outputs options terminal image_file picture png_metadata naming",
+    "errors checks sampling outcome request precision schedules noise kv_cache graphs tokens gpus formulas meter "
+    "segments foreseen repeats device lock task outputs options terminal image_file picture png_metadata naming",
     "checkpoint",
     "layers",
     "models",

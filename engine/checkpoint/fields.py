@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..request import MAX_SIDE, PATCH
+from ..checks import MAX_SIDE, PATCH
 
 _HOLDS: dict[str, Callable[[Any, Any], bool]] = {
     "equal to": operator.eq,

@@ -19,8 +19,8 @@ from unipic_run.engine.models.deepgen import model as deepgen
 from unipic_run.engine.models.deepgen.limits import fitted_size, question_size
 from unipic_run.engine.models.deepgen.sampler import Levels
 from unipic_run.engine.noise import FlowTape, PhiloxNoise, Stream
+from unipic_run.engine.outcome import CancelToken
 from unipic_run.engine.plan import META, dry_run, shapes
-from unipic_run.engine.request import CancelToken
 from unipic_run.engine.residency import describe, fit
 from unipic_run.engine.task import Batch, Task
 from unipic_run.quant.recipe import NONE

@@ -10,7 +10,8 @@ import torch
 from unipic_run import Engine
 from unipic_run.engine import families
 from unipic_run.engine.noise import PhiloxNoise
-from unipic_run.engine.request import FITS, POSTERIORS, SHORTCUTS
+from unipic_run.engine.request import FITS, POSTERIORS
+from unipic_run.engine.sampling import SHORTCUTS
 from unipic_run.engine.task import Batch, Task
 from unipic_run.engine.verbs import Verbs
 

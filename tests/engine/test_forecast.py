@@ -12,8 +12,8 @@ from unipic_run.engine.layers.vae_bands import decode_in_bands
 from unipic_run.engine.loaded import Loaded, Placed
 from unipic_run.engine.meter import Meter
 from unipic_run.engine.noise import PhiloxNoise
+from unipic_run.engine.outcome import CancelToken
 from unipic_run.engine.plan import BANDED, META, StageClock, by_stack, dry_run, shapes
-from unipic_run.engine.request import CancelToken
 from unipic_run.engine.run import Watch, run_batch
 from unipic_run.engine.task import Batch, Task
 

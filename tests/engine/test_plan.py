@@ -15,8 +15,8 @@ from unipic_run.engine.loaded import Loaded
 from unipic_run.engine.meter import Meter
 from unipic_run.engine.models.unipic.config import RELEASED
 from unipic_run.engine.noise import PhiloxNoise
+from unipic_run.engine.outcome import CancelToken
 from unipic_run.engine.plan import META, StageClock, by_stack, dry_run, nbytes, shapes, stages_of
-from unipic_run.engine.request import CancelToken
 from unipic_run.engine.run import Watch, run_batch
 from unipic_run.engine.task import Batch, Task
 

@@ -5,16 +5,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from unipic_run.engine.checks import check_size
 from unipic_run.engine.errors import UnipicError, UsageError
-from unipic_run.engine.request import (
-    MAX_SEED,
-    AskRequest,
-    EditRequest,
-    GenerateRequest,
-    Sampling,
-    as_sampling,
-    check_size,
-)
+from unipic_run.engine.request import AskRequest, EditRequest, GenerateRequest
+from unipic_run.engine.sampling import MAX_SEED, Sampling, as_sampling
 
 IMAGE = Image.new("RGB", (32, 32))
 

@@ -27,8 +27,9 @@ from unipic_run.engine.models.unipic2.limits import fitted_size
 from unipic_run.engine.models.unipic2.metaquery.shrink import smaller
 from unipic_run.engine.noise import FlowTape
 from unipic_run.engine.prepare import Defaults, edit_task, generate_task
-from unipic_run.engine.request import EditRequest, GenerateRequest, Sampling
+from unipic_run.engine.request import EditRequest, GenerateRequest
 from unipic_run.engine.run import to_levels
+from unipic_run.engine.sampling import Sampling
 from unipic_run.engine.task import Batch, Task
 from unipic_run.engine.tokens import Tokens
 from unipic_run.quant.recipe import NONE

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from ...checkpoint import fields
+from ...checks import PATCH
 from ...layers.qwen2 import Qwen2Config
 from ...layers.vae import SD3VAEConfig
-from ...request import PATCH
 
 ALIGNED = 16  # an MLP's columns are a multiple of it, or rows of a weight would not be aligned in memory
 VAE_LEVELS = 4  # each but the last halves the sides

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
+from ...checks import PATCH
 from ...errors import UsageError
 from ...picture import resize
-from ...request import PATCH
 from ...task import Task
 from ...tokens import Tokens
 from ..context import room_behind

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...checkpoint import fields
+from ...checks import PATCH
 from ...layers.qwen2 import Qwen2Config
 from ...layers.vae import VAEConfig
-from ...request import PATCH
 
 VAE_LEVELS = int(math.log2(PATCH)) + 1  # each but the last halves the sides
 

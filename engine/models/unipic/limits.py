@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+from ...checks import PATCH
 from ...errors import UsageError
 from ...picture import fit_area, pad_square
-from ...request import PATCH
 from ...task import Task
 from ...tokens import Tokens
 from ..context import room_behind

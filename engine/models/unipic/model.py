@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ....kernels.mar_tokens import select_tokens
+from ...checks import PATCH
 from ...graphs import Graphs
 from ...kv_cache import ROUNDED, KVCache, Prompts
 from ...layers.attention import Attention
@@ -22,7 +23,6 @@ from ...layers.linear import Linear, logits, table
 from ...layers.qwen2 import Qwen2
 from ...layers.vae import VAEDecoder, VAEEncoder
 from ...layers.vae_bands import decode_in_bands
-from ...request import PATCH
 from ...schedules import Rounds, gtr_counts, gtr_orders, reveal_rounds
 from ...task import Batch, Task
 from ...tokens import Tokens
