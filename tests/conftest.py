@@ -29,14 +29,12 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
-        return
-    import torch
-
-    if not torch.cuda.is_available():
-        for item in marked:
+    for item in items:
+        marked = item.get_closest_marker("gpu") is not None
+        if marked and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+        # Of parallel workers one has the card, and a file is one worker's, who makes its fixtures once.
+        item.add_marker(pytest.mark.xdist_group("gpu" if marked else item.path.stem))
 
 
 @pytest.fixture(scope="session")
