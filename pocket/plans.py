@@ -64,7 +64,7 @@ PHASES: tuple[VAEPlan | JointPlan | DecoderPlan, ...] = (
     JointPlan(steps=4700, seed=4, hint_weights=(0.5, 0.0), words_first=0),
     DecoderPlan(),
     JointPlan(
-        steps=3000,
+        steps=1600,
         seed=5,
         hint_weights=(0.3, 0.0),
         words_first=0,
@@ -76,5 +76,4 @@ PHASES: tuple[VAEPlan | JointPlan | DecoderPlan, ...] = (
         matrix_rate=0.003,
         decay=0.7,
     ),
-    DecoderPlan(seed=7),
 )
