@@ -57,6 +57,7 @@ def gen(
     cfg_schedule: o.Schedule = None,
     temperature: o.Temperature = None,
     negative: o.Negative = None,
+    speed: o.Speed = None,
     head_steps: o.HeadSteps = None,
     order: o.Reveal = None,
     cfg_interval: o.Interval = None,
@@ -80,9 +81,9 @@ def gen(
 ) -> None:
     """Paint pictures from text; prints the path of each."""
     terminal = _terminal(ctx, as_json, quiet)
-    old = a.repeated_settings(from_png, other_model=model is not None) if from_png else {}
+    old = a.repeated_settings(from_png, model is not None, speed is not None) if from_png else {}
     new = a.given(seed=seed, steps=steps, guidance=guidance, cfg_schedule=cfg_schedule, temperature=temperature)
-    new |= a.shortcuts(head_steps, order, cfg_interval)
+    new |= a.shortcuts(speed, head_steps, order, cfg_interval)
     asked = old | new | a.given(negative=negative, model=model, dtype=dtype, quant=quant, exact_rope=exact_rope)
     prompts = a.read_prompts(prompt, prompt_file, instead=old.get("prompt"))
     shape = a.wanted_size(res, size) or old.get("size")
@@ -116,6 +117,7 @@ def edit(
     cfg_schedule: o.Schedule = None,
     temperature: o.Temperature = None,
     negative: o.Negative = None,
+    speed: o.Speed = None,
     head_steps: o.HeadSteps = None,
     order: o.Reveal = None,
     cfg_interval: o.Interval = None,
@@ -142,7 +144,7 @@ def edit(
 
     terminal = _terminal(ctx, as_json, quiet)
     asked = a.given(seed=seed, steps=steps, guidance=guidance, cfg_schedule=cfg_schedule, temperature=temperature)
-    asked |= a.shortcuts(head_steps, order, cfg_interval)
+    asked |= a.shortcuts(speed, head_steps, order, cfg_interval)
     asked |= a.given(negative=negative, model=model, dtype=dtype, quant=quant, exact_rope=exact_rope)
     picture, prompts = a.read_picture(image), a.read_prompts(prompt, prompt_file)
     where = a.given(
@@ -219,6 +221,7 @@ def plan(
     task: Annotated[str, typer.Argument(metavar="TASK", help="gen, edit or ask.", show_default=False)],
     res: o.Res = None,
     steps: o.Steps = None,
+    speed: o.Speed = None,
     head_steps: o.HeadSteps = None,
     order: o.Reveal = None,
     cfg_interval: o.Interval = None,
@@ -249,7 +252,7 @@ def plan(
         "attention": attn,
         "gpu": gpu,
         "vram": vram,
-        "shortcuts": a.shortcuts(head_steps, order, cfg_interval),
+        "shortcuts": a.shortcuts(speed, head_steps, order, cfg_interval),
     }
     asked = ask_for(model or "unipic", task, res=res, steps=steps, images=n, **how, say=terminal.say)
     terminal.data |= told(asked)

@@ -37,7 +37,7 @@ Score = dict[str, float]  # "right" and "of" counts, "share", and the interval's
 def main(arguments: list[str] | None = None) -> int:
     root = require_this_checkout(__file__)
     options = parse(arguments)
-    cut = shortcuts(options.head_steps, options.order, options.cfg_interval)
+    cut = shortcuts(options.speed, options.head_steps, options.order, options.cfg_interval)
     baseline = root / "bench" / "baselines" / "quality-quick.json"
     start = time.perf_counter()
     loading = {name: getattr(options, name) for name in ("device", "dtype", "quant", "attention")}
@@ -70,6 +70,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--update-baseline", action="store_true", help="with --quick: store this score instead")
     parser.add_argument("--iters", "--steps", type=int, help="rounds (default the model's)")
     parser.add_argument("--cfg", type=float, help="guidance (default the model's)")
+    parser.add_argument("--speed", "--preset", help="exact, balanced or fast")
     parser.add_argument("--head-steps", metavar="A:B", help="in the first and in the last round")
     parser.add_argument("--order", help="random or gtr")
     parser.add_argument("--cfg-interval", metavar="A:B", help="shares of the run between which guidance is on")

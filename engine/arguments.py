@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from .checks import PATCH
 from .errors import UsageError
 from .request import GPU_BATCH
-from .sampling import SAMPLED, Sampling, as_sampling
+from .sampling import SAMPLED, SHORTCUTS, Sampling, as_sampling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,6 +18,7 @@ MAX_TEXT = 16 * 2**20  # bytes of a prompt file
 REPEATED = (
     "prompt",
     "seed",
+    "speed",
     *SAMPLED,
     "model",
     "dtype",
@@ -87,8 +88,10 @@ def parse_outpaint(text: str) -> tuple[int, int, int, int]:
     return left, top, right, bottom
 
 
-def repeated_settings(png: str, other_model: bool) -> dict[str, Any]:
+def repeated_settings(png: str, other_model: bool, other_speed: bool) -> dict[str, Any]:
     """What `gen --from` takes over from a picture: REPEATED, and `size` as (width, height).
+
+    Another speed decides anew on what speeds decide.
 
     A picture may name a model that is here or well known; it must not start the download of anything else, so that
     needs `other_model`, one named on the line. Raises ImageError for pictures without our settings, UsageError for
@@ -102,7 +105,8 @@ def repeated_settings(png: str, other_model: bool) -> dict[str, Any]:
     if found.get("task") != "generate":
         task = str(found.get("task"))[:40]
         raise UsageError(f"{png} was made by {task!r}, not from text alone", "--from repeats pictures of `gen`")
-    settings = {name: found[name] for name in REPEATED if found.get(name) is not None}
+    left = ("steps", *SHORTCUTS) if other_speed else ()
+    settings = {name: found[name] for name in REPEATED if name not in left and found.get(name) is not None}
     for name in ("prompt", "model", "dtype", "quant"):
         if not isinstance(settings.get(name, ""), str):
             raise UsageError(f"{png} carries a {name} that is no text", "give the options by hand")
@@ -114,13 +118,13 @@ def repeated_settings(png: str, other_model: bool) -> dict[str, Any]:
     return settings
 
 
-def shortcuts(head_steps: str | None, order: str | None, cfg_interval: str | None) -> dict[str, Any]:
+def shortcuts(speed: str | None, head_steps: str | None, order: str | None, cfg_interval: str | None) -> dict[str, Any]:
     """What the speed options say, as `Sampling` has it."""
     pairs = given(
         head_steps=head_steps and _pair("--head-steps", head_steps, int, "50:5"),
         cfg_interval=cfg_interval and _pair("--cfg-interval", cfg_interval, float, "0:0.6"),
     )
-    return pairs | given(order=order)
+    return pairs | given(speed=speed, order=order)
 
 
 def _pair(name: str, text: str, number: type, example: str) -> tuple[Any, Any]:
@@ -132,7 +136,7 @@ def _pair(name: str, text: str, number: type, example: str) -> tuple[Any, Any]:
 
 
 def sampling(asked: dict[str, Any], **more: Any) -> Sampling:
-    return as_sampling(asked.get("seed"), {name: asked[name] for name in SAMPLED if name in asked} | more)
+    return as_sampling(asked.get("seed"), {name: asked[name] for name in ("speed", *SAMPLED) if name in asked} | more)
 
 
 def largest(task: str, images: int = 1, sampling: Sampling | None = None, size: Any = None) -> dict[str, Any]:

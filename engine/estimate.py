@@ -26,10 +26,10 @@ from .mover import parts_of
 from .outline import KINDS, LIMIT, PROMPT, task_of
 from .placing import no_room
 from .plan import META, Plan, Stage, shapes, taken
-from .prepare import check_shortcuts
+from .prepare import check_shortcuts, defaults_of, settled
 from .request import GPU_BATCH, TASKS, Largest
 from .residency import DoesNotFit, Placement, Work, describe, fit
-from .sampling import SHORTCUTS, SamplingOptions, as_sampling
+from .sampling import SHORTCUTS, Sampling, SamplingOptions, as_sampling
 from .segments import STEP, GrowingSegments, rounded
 from .task import Task
 from .verbs import Verbs
@@ -129,8 +129,8 @@ def ask_for(
 ) -> Asked:
     """`task`: gen, edit or ask; `vram`: GiB, or auto, which leaves a margin; by default all of the card.
 
-    `shortcuts` are those of `Sampling`. `quant` auto is what the engine would take for this; `say` hears it.
-    Raises UsageError.
+    `shortcuts` are those of `Sampling`, `speed` among them. `quant` auto is what the engine would take for this;
+    `say` hears it. Raises UsageError.
     """
     row, config = families.architecture(model)
     if quant not in (*PLANNED, AUTO) or attention not in OURS:
@@ -150,7 +150,8 @@ def ask_for(
     precision, may = as_dtype(dtype, META), bound_of(card, vram)
     made = task_of(largest, family, config, precision)
     if shortcuts:
-        made = shortened(made, family, shortcuts)
+        asked = as_sampling(0, {"steps": steps, **shortcuts})
+        made = shortened(made, family, config, asked)
     refuse_too_large(family, config, made, res or config.resolution)
     if quant == AUTO:
         plan = Blueprint(row.name, family, config, RoughTokens(), precision, Attention(attention), largest)
@@ -164,12 +165,11 @@ def ask_for(
     return Asked(model, forecast, made, res or config.resolution, images if made else 1, card, may)
 
 
-def shortened(task: Task | None, family: Verbs, shortcuts: SamplingOptions) -> Task:
-    """Raises UsageError for those that mean nothing here."""
+def shortened(task: Task | None, family: Verbs, config: Any, sampling: Sampling) -> Task:
+    """Raises UsageError for shortcuts that mean nothing here."""
     if task is None:
-        raise UsageError(f"{', '.join(shortcuts)} of a question", "plan gen or edit with them")
-    checked = as_sampling(0, shortcuts)
-    task = replace(task, **{name: getattr(checked, name) for name in shortcuts})
+        raise UsageError("a question is not sampled", "plan gen or edit with shortcuts")
+    task = replace(task, **settled(sampling, defaults_of(family, config)))
     check_shortcuts(task, family)
     return task
 

@@ -46,6 +46,9 @@ Seed = _option(int | None, "--seed", metavar="S", help="Drawn and reported when 
 Steps = _option(int | None, "--steps", "--iters", metavar="N", help="Rounds, or denoising steps.")
 Guidance = _option(float | None, "--guidance", "--cfg", metavar="X", help="1 turns guidance off.")
 Schedule = _option(str | None, "--cfg-schedule", metavar="NAME", help="Guidance over the rounds: constant or linear.")
+Speed = _option(
+    str | None, "--speed", metavar="NAME", help="exact (default), balanced or fast: docs/speed.md has their price."
+)
 HeadSteps = _option(
     str | None, "--head-steps", metavar="A:B", help="Of the diffusion head, in the first and the last round: 50:5."
 )

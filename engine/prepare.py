@@ -2,8 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from .checks import PATCH
 from .errors import UnipicWarning, UsageError
 from .picture import Canvas, center_crop, composite, fit_mask, pad_to_patch, resize, to_pixels
 from .request import EditRequest, GenerateRequest
-from .sampling import SHORTCUTS, Sampling
+from .sampling import SAMPLED, SHORTCUTS, Sampling
 from .task import Task
 from .verbs import Verbs
 
@@ -26,6 +26,24 @@ class Defaults:
 
     steps: int
     guidance: float
+    speeds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # fields of a Task, by the speed
+
+
+def defaults_of(family: Verbs, config: Any) -> Defaults:
+    return Defaults(config.rounds, config.guidance, family.speeds(config))
+
+
+def settled(sampling: Sampling, defaults: Defaults) -> dict[str, Any]:
+    """SAMPLED of a Task: as asked, else as the speed has it, else as the checkpoint; the rest is the Task's default.
+
+    Raises UsageError for a speed that this family does not have.
+    """
+    if sampling.speed != "exact" and sampling.speed not in defaults.speeds:
+        known = ", ".join(["exact", *defaults.speeds])
+        raise UsageError(f"speed {sampling.speed} has no meaning for this model", f"choose from {known}")
+    usual = {"steps": defaults.steps, "guidance": defaults.guidance} | dict(defaults.speeds.get(sampling.speed, {}))
+    asked = {name: getattr(sampling, name) for name in SAMPLED}
+    return usual | {name: value for name, value in asked.items() if value is not None}
 
 
 def generate_task(request: GenerateRequest, defaults: Defaults) -> tuple[Task, Finish]:
@@ -100,14 +118,7 @@ def _task(kind: str, width: int, height: int, sampling: Sampling, defaults: Defa
         kind=kind,
         rows=height // PATCH,
         columns=width // PATCH,
-        steps=defaults.steps if sampling.steps is None else sampling.steps,
-        guidance=defaults.guidance if sampling.guidance is None else float(sampling.guidance),
-        cfg_schedule=sampling.cfg_schedule,
-        temperature=float(sampling.temperature),
-        negative=sampling.negative,
-        head_steps=sampling.head_steps,
-        order=sampling.order,
-        cfg_interval=sampling.cfg_interval,
+        **settled(sampling, defaults),
         **source,
     )
 

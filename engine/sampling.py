@@ -14,6 +14,7 @@ ORDERS = ("random", "gtr")  # of revealing tokens, of which a model has some
 SHORTCUTS = ("head_steps", "order", "cfg_interval")  # what makes a picture cheaper, and worse
 SAMPLED = ("steps", "guidance", "cfg_schedule", "temperature", "negative", *SHORTCUTS)
 WHOLE_RUN = (0.0, 1.0)
+SPEEDS = ("exact", "balanced", "fast")  # sets of shortcuts, of which a model has some
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class Sampling:
     temperature: float = 1.0  # scales the head's per-step noise
     negative: str | None = None  # replaces the unconditional prompt
     head_steps: tuple[int, int] | None = None  # the diffusion head's in the first and the last round, linear between
-    order: str = "random"  # in which tokens are revealed, of ORDERS
-    cfg_interval: tuple[float, float] = WHOLE_RUN  # shares of the run between which guidance is on
+    order: str | None = None  # in which tokens are revealed, of ORDERS; random by default
+    cfg_interval: tuple[float, float] | None = None  # shares of the run between which guidance is on
+    speed: str = "exact"  # of SPEEDS; decides what is not said otherwise
     batch_size: int | None = None  # images computed together; None: one on the CPU, up to four on a GPU
     preview_every: int = 0  # rounds between previews, 0 for none
 
@@ -43,15 +45,22 @@ class Sampling:
             check_whole("batch_size", self.batch_size, 1, MAX_IMAGES)
         if self.guidance is not None:
             check_number("guidance", self.guidance, 0.0, 1000.0)
+            object.__setattr__(self, "guidance", float(self.guidance))
         check_number("temperature", self.temperature, 0.0, 100.0)
+        object.__setattr__(self, "temperature", float(self.temperature))
         check_one_of("cfg_schedule", self.cfg_schedule, CFG_SCHEDULES)
-        check_one_of("order", self.order, ORDERS)
-        self._check_pairs()
+        check_one_of("speed", self.speed, SPEEDS)
+        if self.order is not None:
+            check_one_of("order", self.order, ORDERS)
+        self._check_interval()
+        self._check_head_steps()
         if self.negative:  # an empty one is a wish, too
             check_text("negative prompt", self.negative)
 
-    def _check_pairs(self) -> None:
-        """As tuples, whatever sequences they came as."""
+    def _check_interval(self) -> None:
+        """As a tuple, whatever sequence it came as; so are the head's steps."""
+        if self.cfg_interval is None:
+            return
         first, end = as_numbers(
             "cfg_interval", self.cfg_interval, 2, "two: the shares at which guidance begins and ends"
         )
@@ -60,6 +69,8 @@ class Sampling:
         if first >= end:
             raise UsageError(f"cfg_interval {first:g} to {end:g} is empty", "use guidance 1 to turn guidance off")
         object.__setattr__(self, "cfg_interval", (float(first), float(end)))
+
+    def _check_head_steps(self) -> None:
         if self.head_steps is not None:
             pair = as_numbers("head_steps", self.head_steps, 2, "two: steps in the first and in the last round")
             for steps in pair:
@@ -77,8 +88,9 @@ class SamplingOptions(TypedDict, total=False):
     temperature: float
     negative: str | None
     head_steps: tuple[int, int] | None
-    order: str
-    cfg_interval: tuple[float, float]
+    order: str | None
+    cfg_interval: tuple[float, float] | None
+    speed: str
     batch_size: int | None
     preview_every: int
 

@@ -57,6 +57,9 @@ class Verbs(Protocol):
     def needs(self, kind: str) -> Mapping[str, Sequence[str]]:
         """Stage -> the parts that it runs, in the order of the stages; of a question look, condition and answer."""
 
+    def speeds(self, config: Any) -> Mapping[str, Mapping[str, Any]]:
+        """What a speed of sampling.SPEEDS stands for: fields of a Task, in this checkpoint's own numbers."""
+
     # Pictures.
     def condition(self, model: Any, tokens: Tokens, task: Task, batch: Batch, reuse: Any = None) -> Any: ...
     def schedule(self, config: Any, task: Task, batch: Batch) -> Schedule: ...

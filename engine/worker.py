@@ -24,7 +24,7 @@ from .making import Job, jobs_of, make_images
 from .noise import Noise
 from .outcome import Answer, CancelToken, Event, Result
 from .placing import Placing
-from .prepare import Defaults, Finish, check_shortcuts, note_doubts
+from .prepare import Finish, check_shortcuts, defaults_of, note_doubts
 from .reading import Reader, answer_all
 from .request import GPU_BATCH, AskRequest, EditRequest, GenerateRequest
 from .room import Room
@@ -67,7 +67,7 @@ class Worker:
         self.name, self.config, self.recipe, self.quant = name, self.loaded.config, recipe, recipe.scheme
         self.device, self.dtype = self.loaded.device, self.loaded.dtype
         self.family, self.attention = family, family.attention_backend(model)
-        self.defaults = Defaults(self.config.rounds, self.config.guidance)
+        self.defaults = defaults_of(family, self.config)
         self.lock = CallLock()
         self._release = weakref.finalize(self, release)
         self._release.atexit = False
@@ -108,7 +108,7 @@ class Worker:
             check_shortcuts(task, loaded.family)
             loaded.family.check_prompts(self.config, loaded.tokens, task, request.prompts)
             note_doubts(task, self.config.resolution)
-            how = {name: getattr(task, name) for name in SAMPLED} | how
+            how = {name: getattr(task, name) for name in SAMPLED} | {"speed": request.sampling.speed} | how
 
             def describe(job: Job, image: Image.Image) -> dict[str, Any]:
                 size = f"{image.width}x{image.height}"

@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,9 +98,24 @@ def test_from_repeats_a_picture_and_options_on_the_line_win(run, model):
     assert read_settings("c.png") == {**read_settings("a.png"), **changed}
 
 
+def test_a_speed_decides_what_is_not_said_and_is_repeated(run, model):
+    def made(*options: str) -> dict[str, Any]:
+        code, out, err = run("gen", "x", "-m", model, "--res", "128", "--seed", "7", *options)
+        assert code == 0, err
+        return read_settings(out.strip())
+
+    exact, fast, said = made(), made("--speed", "fast"), made("--speed", "fast", "--order", "random")
+    assert fast["steps"] < exact["steps"] and fast["order"] == "gtr" and "head_steps" in fast
+    assert said == fast | {"order": "random"}
+    Path("fast.png").write_bytes(Path("x-7-2.png").read_bytes())
+    assert made("--from", "fast.png") == fast
+    assert made("--from", "fast.png", "--speed", "exact") == exact
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (("--speed", "ludicrous"), "speed 'ludicrous' is unknown: choose from exact, balanced, fast"),
         (("--head-steps", "50"), "--head-steps '50' is not A:B: write for example 50:5"),
         (("--cfg-interval", "1:0"), "cfg_interval 1 to 0 is empty"),
         (("--order", "raster"), "order 'raster' is unknown: choose from random, gtr"),

@@ -32,10 +32,14 @@ def test_the_command_tells_what_the_function_says(capsys):
 def test_shortcuts_are_planned_and_those_of_other_models_refused():
     exact, short = (estimate("unipic", "gen", **SMALL, shortcuts=s) for s in (None, {"head_steps": (10, 5)}))
     assert short["head_steps"] == (10, 5) and exact["head_steps"] is None
+    fast = estimate("unipic", "gen", res=256, shortcuts={"speed": "fast", "order": "random"})
+    assert (fast["steps"], fast["head_steps"], fast["order"]) == (24, (20, 10), "random"), "of 32 rounds, 100 steps"
+    with pytest.raises(UsageError, match="speed fast has no meaning for this model: choose from exact"):
+        estimate("unipic2-kontext", "gen", shortcuts={"speed": "fast"})
     assert short["stages"]["sample"]["launches"] < 0.5 * exact["stages"]["sample"]["launches"]
     with pytest.raises(UsageError, match="order gtr has no meaning for this model"):
         estimate("deepgen", "gen", shortcuts={"order": "gtr"})
-    with pytest.raises(UsageError, match="order of a question"):
+    with pytest.raises(UsageError, match="a question is not sampled"):
         estimate("unipic", "ask", shortcuts={"order": "gtr"})
 
 

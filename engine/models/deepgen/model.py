@@ -62,6 +62,10 @@ repeated = (
 )
 
 
+def speeds(config: Config) -> dict[str, dict[str, object]]:
+    return {}
+
+
 def needs(kind: str) -> dict[str, tuple[str, ...]]:
     """Stage by stage, the parts that it runs."""
     if kind == "ask":

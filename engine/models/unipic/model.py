@@ -39,6 +39,7 @@ from .limits import (  # noqa: F401 (the engine asks the family)
 from .mar import MarDecoder, MarEncoder, all_visible, buffers_first, buffers_last
 from .prompts import IMAGE, turn, unconditional_turn
 from .sampler import Sampler
+from .speeds import speeds  # noqa: F401 (the engine asks the family)
 
 # Of what a stage needs: tables of which it only looks up rows, and stacks whose layers are gone through in order.
 lookups = {"condition": ("embed",)}

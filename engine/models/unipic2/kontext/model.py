@@ -44,6 +44,10 @@ stacks = ("t5", "modulation", "dit")
 repeated = (("dit", "forward"), ("dit.blocks.*", "forward"))
 
 
+def speeds(config: Config) -> dict[str, dict[str, object]]:
+    return {}
+
+
 def needs(kind: str) -> dict[str, tuple[str, ...]]:
     """Stage by stage, the parts that it runs."""
     return {

@@ -60,6 +60,10 @@ parts_guidance = True
 tuned = ()
 
 
+def speeds(config: Config) -> dict[str, dict[str, object]]:
+    return {}
+
+
 def needs(kind: str) -> dict[str, tuple[str, ...]]:
     """Stage by stage, the parts that it runs."""
     stages = _needs(kind)
