@@ -27,8 +27,9 @@ class Sampling(TypedDict, total=False):
     steps: int | None
     guidance: float | None
     head_steps: tuple[int, int] | None
-    order: str
-    cfg_interval: tuple[float, float]
+    order: str | None
+    cfg_interval: tuple[float, float] | None
+    speed: str
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from unipic_run.bench import shortcuts
+from PIL import Image
+from unipic_run.bench import frontier, shortcuts
+from unipic_run.engine.errors import UsageError
 
 
 def test_a_price_counts_pairs_and_its_interval_shrinks_where_they_agree():
@@ -22,17 +24,26 @@ def test_a_price_counts_pairs_and_its_interval_shrinks_where_they_agree():
     assert both_ways["high"] - both_ways["low"] > 2 * (one_way["high"] - one_way["low"])
 
 
-def test_rounds_are_a_share_of_the_models():
-    assert shortcuts.at({"steps": 0.5}, 16) == {"steps": 8}
-    assert shortcuts.at({"order": "gtr"}, 16) == {"order": "gtr"}
+def test_rounds_and_head_steps_are_shares_of_the_models():
+    assert shortcuts.scaled({"steps": 0.5, "head_steps": (1, 0.1)}, 16, 50) == {"steps": 8, "head_steps": (50, 5)}
+    assert shortcuts.scaled({"order": "gtr"}, 16, 50) == {"order": "gtr"}
 
 
-def test_every_way_is_made_of_the_same_prompts_and_told(capsys, monkeypatch, tmp_path):
+def test_every_way_is_made_of_the_same_prompts_and_another_sitting_goes_on(capsys, monkeypatch, tmp_path):
     """Seconds of the big model are planned elsewhere."""
-    monkeypatch.setattr(shortcuts, "predicted", lambda how: {"predicted": 1.0})
-    out = tmp_path / "prices.json"
-    assert shortcuts.main(["--each", "1", "--device", "cpu", "--only", "half the rounds", "--out", str(out)]) == 0
+    monkeypatch.setattr(shortcuts, "predicted", lambda how: 1.0)
+    monkeypatch.setattr(shortcuts, "TURN", 4)
+    out, png = tmp_path / "prices.json", tmp_path / "prices.png"
+    asked = ["--each", "1", "--device", "cpu", "--only", "half the rounds", "--out", str(out)]
+    assert shortcuts.main([*asked, "--minutes", "0.0001"]) == 0 and json.loads(out.read_text())["pictures"] == 4
+    first = json.loads(out.read_text())["right"]
+    capsys.readouterr()
+    assert shortcuts.main(asked) == 0
     told = json.loads(capsys.readouterr().out)
     assert told == json.loads(out.read_text()) and told["pictures"] == 6
+    assert all(told["right"][name].startswith(right) for name, right in first.items())
     assert list(told["ways"]) == ["exact", "half the rounds"] and told["ways"]["exact"]["lost"] == 0.0
     assert 0.2 < told["ways"]["half the rounds"]["ratio"] < 0.95
+    with pytest.raises(UsageError, match="holds other ways"):
+        shortcuts.main([*asked, "--seed", "1"])
+    assert frontier.main([str(out), str(png)]) == 0 and Image.open(png).size == (frontier.WIDTH, frontier.HEIGHT)
