@@ -32,11 +32,16 @@ PREDICTED = 32  # tokens a picture at most
 
 
 class Hints(nn.Module):
-    """Reads from z which object a cell shows, and the background. A teacher for the first hours, not in the model."""
+    """What is read from the features on the way, by teachers that are not in the model.
 
-    def __init__(self, width: int) -> None:
+    From z which object a cell shows, and the background. From an edit's z its tokens, and from features of a whole
+    picture the picture's: left alone, the encoder keeps little of what it sees, and edits copy badly.
+    """
+
+    def __init__(self, width: int, channels: int) -> None:
         super().__init__()
         self.objects, self.ground = nn.Linear(width, LABELS), nn.Linear(width, len(BACKGROUNDS))
+        self.seen, self.made = nn.Linear(width, channels), nn.Linear(width, channels)
 
     def forward(self, z: Tensor, labels: Tensor, predicted: Tensor) -> Tensor:
         """Cross-entropy of z (B, N, D) at `predicted` (B, N) of labels (B, n + 1)."""
@@ -45,6 +50,10 @@ class Hints(nn.Module):
         return F.cross_entropy(self.objects(z).flatten(0, 1), objects.flatten()) + F.cross_entropy(
             self.ground(z).flatten(0, 1), ground.flatten()
         )
+
+    def kept(self, x_con: Tensor, latents: Tensor) -> Tensor:
+        """Squared error of latents (B, n, 16) as they are read from x_con (B, buffer + n, D)."""
+        return F.mse_loss(self.seen(x_con[:, -latents.shape[1] :]), latents)
 
 
 def read(model: UniPic, x: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
@@ -86,8 +95,11 @@ def looked_at(model: UniPic, tokens: Tokens, latents: Tensor) -> tuple[Tensor, T
 
 def conditions(
     model: UniPic, tokens: Tokens, batch: Pictures, known: Tensor, visible: Tensor, predicted: Tensor
-) -> Tensor:
-    """z (B, N, D) of the tokens to predict, as `Sampler.understand` computes it. known (B, n, 16)."""
+) -> tuple[Tensor, Tensor | None]:
+    """z (B, N, D) of the tokens to predict, as `Sampler.understand` computes it; x_con of an edit's source.
+
+    known (B, n, 16).
+    """
     side = math.isqrt(known.shape[1])
     prompt, lengths, x_con = model.embed(batch.words.ids), batch.words.lengths, None
     if batch.sources is not None:
@@ -98,7 +110,7 @@ def conditions(
     block = read_behind(model, prompt, lengths, block)
     x = x + model.proj_out(buffers_first(block, model.config.mar.buffer))
     base = model.mar_decoder.base(x_con)
-    return model.mar_decoder(x, visible, predicted, base, *model.mar_decoder.positions(side, side))
+    return model.mar_decoder(x, visible, predicted, base, *model.mar_decoder.positions(side, side)), x_con
 
 
 def picture_losses(
@@ -110,10 +122,13 @@ def picture_losses(
     order = torch.rand(rows, n, generator=noise).argsort(dim=1).to(batch.latents.device)
     visible = order[:, masked:].sort(dim=1).values
     predicted = order[:, : min(masked, PREDICTED)].sort(dim=1).values
-    z = conditions(model, tokens, batch, batch.latents, visible, predicted)
-    losses = head_losses(model.head, z.flatten(0, 1), select_tokens(batch.latents, predicted).flatten(0, 1), noise)
+    z, x_con = conditions(model, tokens, batch, batch.latents, visible, predicted)
+    made = select_tokens(batch.latents, predicted)
+    losses = head_losses(model.head, z.flatten(0, 1), made.flatten(0, 1), noise)
     if batch.labels is not None:
         losses["hint"] = hints(z, batch.labels, predicted)
+    if x_con is not None:
+        losses["copy"] = hints.kept(x_con, batch.sources) + F.mse_loss(hints.made(z), made)
     return losses
 
 
@@ -175,12 +190,12 @@ def process_of(steps: int, max_beta: float, device: torch.device) -> Process:
     return Process(steps, max_beta, device)
 
 
-def answer_losses(model: UniPic, tokens: Tokens, batch: Answers) -> Losses:
+def answer_losses(model: UniPic, hints: Hints, tokens: Tokens, batch: Answers) -> Losses:
     """Cross-entropy of the answers' words and their end.
 
     The questions about one picture stand behind it in one sequence: each sees the picture and itself, as if alone.
     """
-    _, image = looked_at(model, tokens, batch.latents)
+    x_con, image = looked_at(model, tokens, batch.latents)
     asked = model.embed(batch.words.ids)  # (B K, L, H)
     (pictures, seen, width), (questions, length) = image.shape, batch.words.ids.shape
     each = questions // pictures
@@ -192,7 +207,8 @@ def answer_losses(model: UniPic, tokens: Tokens, batch: Answers) -> Losses:
     hidden = read(model, x, positions[None], mask[None, None])[:, seen:].reshape(asked.shape)
     answers = batch.words.answers
     before = hidden[:, :-1][answers[:, 1:]]  # what each answer word follows; a row begins with the question
-    return {"answer": F.cross_entropy(F.linear(before, model.embed.weight), batch.words.ids[answers])}
+    logits = F.linear(before, model.embed.weight)
+    return {"answer": F.cross_entropy(logits, batch.words.ids[answers]), "copy": hints.kept(x_con, batch.latents)}
 
 
 def masked_share(step: int, words_first: int) -> float:

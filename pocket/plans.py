@@ -28,6 +28,7 @@ class JointPlan:
     seed: int
     hint_weights: tuple[float, float]  # at the first step and at the last, linear between
     words_first: int  # steps with every token masked, before steps with other shares
+    copy_weight: float = 0.0
     pictures: int = 28  # a step
     edits: int = 6  # every other step
     answers: int = 8  # pictures that are asked about, in the steps between
@@ -68,6 +69,7 @@ PHASES: tuple[VAEPlan | JointPlan | DecoderPlan, ...] = (
         seed=5,
         hint_weights=(0.3, 0.0),
         words_first=0,
+        copy_weight=1.0,
         pictures=12,
         edits=20,
         answers=8,

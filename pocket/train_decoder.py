@@ -54,7 +54,7 @@ def redrawn(
     for begin, end in pairwise(masked * i // ROUNDS for i in range(ROUNDS + 1)):
         visible = torch.cat([order[:, :begin], order[:, masked:]], dim=1).sort(dim=1).values
         predicted = order[:, begin:end].sort(dim=1).values
-        z = conditions(model, tokens, batch, *(torch.cat([t, t]) for t in (x, visible, predicted)))
+        z, _ = conditions(model, tokens, batch, *(torch.cat([t, t]) for t in (x, visible, predicted)))
         new = _denoised(model, z.flatten(0, 1), noise)
         x = x.scatter(1, predicted[..., None].expand(-1, -1, channels), new.view(rows, -1, channels))
     return x.cpu()

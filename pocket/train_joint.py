@@ -25,7 +25,7 @@ class Joint(nn.Module):
     def __init__(self, config: UniPicConfig) -> None:
         super().__init__()
         self.model = build(config)
-        self.hints = Hints(config.mar.width)
+        self.hints = Hints(config.mar.width, config.mar.channels)
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if not name.startswith("model.vae_")}
@@ -60,10 +60,11 @@ def joint_losses(joint: Joint, tokens: Tokens, plan: JointPlan, draw: Draw, step
         share = masked_share(step + EDIT_SHIFT / 0.6180339887, plan.words_first)
         edited = picture_losses(model, hints, tokens, draw.edits(plan.edits), share, noise)
         total = total + 2 * (edited["noise"] + VARIANCE_WEIGHT * edited["variance"]) * plan.edits / plan.pictures
-        losses["edit"] = edited["noise"]
+        losses |= {"edit": edited["noise"], "copy": edited["copy"]}
     else:
-        losses |= answer_losses(model, tokens, draw.answers(plan.answers, plan.questions))
+        losses |= answer_losses(model, hints, tokens, draw.answers(plan.answers, plan.questions))
         total = total + 2 * ANSWER_WEIGHT * losses["answer"]
+    total = total + plan.copy_weight * losses["copy"]
     return {"loss": total} | {name: value.detach() for name, value in losses.items()}
 
 

@@ -16,10 +16,10 @@ from unipic_run.engine.schedules import reveal_rounds
 from unipic_run.engine.task import Batch, Task
 from unipic_run.engine.tokens import Tokens
 from unipic_run.pocket.batches import Answers, Pictures, words_of
-from unipic_run.pocket.config import GRID, pocket_config
+from unipic_run.pocket.config import GRID, WIDTH, pocket_config
 from unipic_run.pocket.data import label
 from unipic_run.pocket.export import export
-from unipic_run.pocket.losses import answer_losses, conditions
+from unipic_run.pocket.losses import Hints, answer_losses, conditions
 from unipic_run.pocket.muon import orthogonal
 from unipic_run.pocket.plans import DecoderPlan, JointPlan, Sizes, VAEPlan
 from unipic_run.pocket.samples import sample
@@ -112,7 +112,7 @@ def test_training_sees_what_sampling_sees(random_model, tokens, kind):
         words = words_of(tokens, [turn(kind, prompt) for prompt in PROMPTS])
         batch = Pictures(known, words, sources=sources)
         for plan in rounds.rounds:
-            z = conditions(model, tokens, batch, known, plan.visible, plan.predicted)
+            z, _ = conditions(model, tokens, batch, known, plan.visible, plan.predicted)
             torch.testing.assert_close(z, sampler.understand(known, plan), atol=2e-5, rtol=1e-4)
 
 
@@ -134,7 +134,7 @@ def test_training_foresees_what_answering_says(random_model, tokens):
             for word in tokens.encode(said + END):
                 expected.append(-family.next_logits(model, cache, ids).log_softmax(-1)[word])
                 ids = [word]
-        found = answer_losses(model, tokens, Answers(latents, words))["answer"]
+        found = answer_losses(model, Hints(WIDTH, 16), tokens, Answers(latents, words))["answer"]
     torch.testing.assert_close(found, torch.stack(expected).mean(), atol=1e-5, rtol=1e-4)
 
 
