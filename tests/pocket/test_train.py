@@ -16,7 +16,7 @@ from unipic_run.engine.schedules import reveal_rounds
 from unipic_run.engine.task import Batch, Task
 from unipic_run.engine.tokens import Tokens
 from unipic_run.pocket.batches import Answers, Pictures, words_of
-from unipic_run.pocket.config import GRID, WIDTH, pocket_config
+from unipic_run.pocket.config import GRID, pocket_config
 from unipic_run.pocket.data import label
 from unipic_run.pocket.export import export
 from unipic_run.pocket.losses import Hints, answer_losses, conditions
@@ -134,7 +134,7 @@ def test_training_foresees_what_answering_says(random_model, tokens):
             for word in tokens.encode(said + END):
                 expected.append(-family.next_logits(model, cache, ids).log_softmax(-1)[word])
                 ids = [word]
-        found = answer_losses(model, Hints(WIDTH, 16), tokens, Answers(latents, words))["answer"]
+        found = answer_losses(model, Hints(model.config.mar.width, 16), tokens, Answers(latents, words))["answer"]
     torch.testing.assert_close(found, torch.stack(expected).mean(), atol=1e-5, rtol=1e-4)
 
 
