@@ -108,6 +108,7 @@ def _task(kind: str, width: int, height: int, sampling: Sampling, defaults: Defa
         head_steps=sampling.head_steps,
         order=sampling.order,
         cfg_interval=sampling.cfg_interval,
+        block_cache=sampling.block_cache,
         **source,
     )
 

@@ -11,7 +11,7 @@ MAX_SEED = 2**64 - 1
 MAX_IMAGES = 1024  # of one call: prompts x n
 CFG_SCHEDULES = ("constant", "linear")
 ORDERS = ("random", "gtr")  # of revealing tokens, of which a model has some
-SHORTCUTS = ("head_steps", "order", "cfg_interval")  # what makes a picture cheaper, and worse
+SHORTCUTS = ("head_steps", "order", "cfg_interval", "block_cache")  # what makes a picture cheaper, and worse
 SAMPLED = ("steps", "guidance", "cfg_schedule", "temperature", "negative", *SHORTCUTS)
 WHOLE_RUN = (0.0, 1.0)
 
@@ -30,6 +30,7 @@ class Sampling:
     head_steps: tuple[int, int] | None = None  # the diffusion head's in the first and the last round, linear between
     order: str = "random"  # in which tokens are revealed, of ORDERS
     cfg_interval: tuple[float, float] = WHOLE_RUN  # shares of the run between which guidance is on
+    block_cache: float | None = None  # relative change of the first block below which the others are not run
     batch_size: int | None = None  # images computed together; None: one on the CPU, up to four on a GPU
     preview_every: int = 0  # rounds between previews, 0 for none
 
@@ -46,6 +47,8 @@ class Sampling:
         check_number("temperature", self.temperature, 0.0, 100.0)
         check_one_of("cfg_schedule", self.cfg_schedule, CFG_SCHEDULES)
         check_one_of("order", self.order, ORDERS)
+        if self.block_cache is not None:
+            check_number("block_cache", self.block_cache, 0.0, 1.0)
         self._check_pairs()
         if self.negative:  # an empty one is a wish, too
             check_text("negative prompt", self.negative)
@@ -79,6 +82,7 @@ class SamplingOptions(TypedDict, total=False):
     head_steps: tuple[int, int] | None
     order: str
     cfg_interval: tuple[float, float]
+    block_cache: float | None
     batch_size: int | None
     preview_every: int
 

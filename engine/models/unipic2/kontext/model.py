@@ -34,14 +34,14 @@ from .prompts import IMAGE, TOKENIZERS, ids_of, texts_of  # noqa: F401 (IMAGE: a
 kinds = ("generate", "edit")
 fits = ("longest", "crop")
 posteriors = ("sample", "mean")
-shortcuts = ()
+shortcuts = ("cfg_interval", "block_cache")
 most_sources = 1  # which the result has the size of
 parts_guidance = True
 tuned = ()
 lookups: Mapping[str, Sequence[str]] = {}
 stacks = ("t5", "modulation", "dit")
 # Costs the same for equal shapes, so a dry run looks once.
-repeated = (("dit", "forward"), ("dit.blocks.*", "forward"))
+repeated = (("dit", "forward"), ("dit", "first"), ("dit", "rest"), ("dit.blocks.*", "forward"))
 
 
 def needs(kind: str) -> dict[str, tuple[str, ...]]:

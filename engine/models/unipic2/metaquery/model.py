@@ -54,7 +54,7 @@ from .shrink import smaller
 kinds = ("generate", "edit", "ask")
 fits = ("longest", "crop")
 posteriors = ("sample", "mean")
-shortcuts = ()
+shortcuts = ("cfg_interval", "block_cache")
 most_sources = 1  # which the result has the size of
 parts_guidance = True
 tuned = ()
