@@ -215,8 +215,9 @@ def leaves(x) -> Iterator[Tensor]:
 
 
 def test_graphs_change_nothing_and_are_captured_once(engine, monkeypatch):
-    task = replace(CACHED, steps=12, cfg_interval=(0.0, 0.5))
-    expected, _ = made(engine, task)
+    task = replace(TASK, steps=12, cfg_interval=(0.0, 0.75), block_cache=0.55)
+    expected, rows = made(engine, task)
+    assert rows == [2, 1, 2, 1, 2, 1], "of two rows both, one or none run, of one as well"
     graphs = Graphs(Overwriting(), kind="cpu")
     monkeypatch.setattr(engine.loaded.model, "graphs", graphs)
     for _ in range(3):
