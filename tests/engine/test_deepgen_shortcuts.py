@@ -92,6 +92,14 @@ def test_guidance_in_two_passes_and_other_pictures_change_nothing(engine, task):
         close(made(engine, task, batch_of(prompt, apart=True))[0], alone)
 
 
+def test_pictures_of_one_prompt_share_its_modulation_and_decide_for_themselves(engine):
+    task, noises = replace(TASK, steps=12, block_cache=0.55), [PhiloxNoise(5), PhiloxNoise(6)]
+    together, rows = made(engine, task, Batch(["a cat"] * 2, noises))
+    assert {1, 2, 3} & {*rows}, "some rows of four without the others"
+    for index, noise in enumerate(noises):
+        close([x[index : index + 1] for x in together], made(engine, task, Batch(["a cat"], [noise]))[0])
+
+
 def test_a_cache_that_is_never_used_changes_no_bit(engine):
     (exact, _), (cached, rows) = made(engine, TASK), made(engine, replace(TASK, block_cache=0.0))
     assert rows == [2] * 6 and equal(exact, cached)
