@@ -53,17 +53,19 @@ WAYS: dict[str, dict[str, Any]] = {
     "guidance 0:0.8": {"cfg_interval": (0.0, 0.8)},
     "guidance 0:0.6": {"cfg_interval": (0.0, 0.6)},
     "guidance 0.2:1": {"cfg_interval": (0.2, 1.0)},
+    "guidance 0.4:1": {"cfg_interval": (0.4, 1.0)},
     "block cache 0.2": {"block_cache": 0.2},
     "block cache 0.3": {"block_cache": 0.3},
     "block cache 0.4": {"block_cache": 0.4},
     "block cache 1": {"block_cache": 1.0},
-    "guidance 0:0.6, block cache 0.3": {"cfg_interval": (0.0, 0.6), "block_cache": 0.3},
     "28 steps": {"steps": 28},
     "18 steps": {"steps": 18},
-    "30 steps, guidance 0:0.6": {"steps": 30, "cfg_interval": (0.0, 0.6)},
-    "20 steps, guidance 0:0.6": {"steps": 20, "cfg_interval": (0.0, 0.6)},
-    "30 steps, guidance 0:0.6, block cache 0.4": {"steps": 30, "cfg_interval": (0.0, 0.6), "block_cache": 0.4},
+    "guidance 0.2:1, block cache 0.4": {"cfg_interval": (0.2, 1.0), "block_cache": 0.4},
+    "32 steps, guidance 0.2:1": {"steps": 32, "cfg_interval": (0.2, 1.0)},
+    "20 steps, guidance 0.2:1": {"steps": 20, "cfg_interval": (0.2, 1.0)},
+    "28 steps, block cache 0.4": {"steps": 28, "block_cache": 0.4},
 }
+RECORDED = "of the recorded runs: small, random weights"
 PREDICTED = {"res": 1024, "quant": "int8", "attention": "int8-qk", "gpu": "rtx4090"}
 
 
@@ -88,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(line(name, rows[name]), file=sys.stderr, flush=True)
         pictures = len(exact.latents)
         summary = {"bench": "shortcuts_deepgen", "pictures": pictures, "res": options.res, "seed": options.seed}
-        summary |= made_by(engine) | {"model": Path(options.model).name}
+        summary |= made_by(engine) | {"model": RECORDED if is_recorded(options.model) else Path(options.model).name}
     summary["other pictures"] = distance(Made(exact.latents.roll(1, 0), exact.levels.roll(1, 0), 0.0), exact)
     summary |= {"predicted for": {"model": "deepgen", **PREDICTED}, "ways": rows}
     if options.out is not None:
@@ -112,13 +114,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def is_recorded(model: str) -> bool:
+    return (Path(model) / "weights").is_dir()
+
+
 @contextmanager
 def engine_of(options: argparse.Namespace) -> Iterator[Engine]:
     how = {"device": options.device, "dtype": options.dtype, "quant": options.quant}
     with tempfile.TemporaryDirectory(prefix="unipic-shortcuts-") as folder:
-        model, recorded = options.model, Path(options.model)
-        if (recorded / "weights").is_dir():
-            model = assemble(recorded, Path(folder) / recorded.name, DEEPGEN)
+        model = options.model
+        if is_recorded(model):
+            model = assemble(Path(model), Path(folder) / "recorded", DEEPGEN)
         with Engine.from_pretrained(model, **how) as engine:
             yield engine
 

@@ -75,8 +75,8 @@ class BlockCache:
         return found
 
     def run(self, what: str, function: Callable[..., tuple[Tensor, ...]], *given: Tensor | int | None) -> tuple:
-        key = tuple(tuple(x.shape) if isinstance(x, Tensor) else x for x in given)
-        return self.graphs.run(what, key, function, given)
+        key = what, *(tuple(x.shape) if isinstance(x, Tensor) else x for x in given)
+        return self.graphs.run("round", key, function, given)
 
 
 def relative_change(now: Tensor, then: Tensor) -> Tensor:
