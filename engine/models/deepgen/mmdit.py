@@ -155,15 +155,16 @@ class MMDiT(nn.Module):
         context (R, M, D) = context_embed(text), whose rows are k times those of the pictures, and modulation, a step's
         table, each row of which is for as many rows; references (B, N - n, D), the `embed` of each one after another.
         """
-        image, noisy = self.tokens(latents, len(context), references)
-        image, _ = self.through(image, context, modulation, noisy)
+        noisy, rows = self.noisy(latents), len(context)
+        # No name and no tuple holds these tokens here, so that they go with the first block: 24 MiB at 1024x1024.
+        image, _ = self.through(self.tokens(latents, rows, references), context, modulation, noisy)
         return self.velocity(image, modulation, *latents.shape[2:])
 
     def first(
         self, latents: Tensor, context: Tensor, modulation: Tensor, references: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The first block's image (R, N, D) and text (R, M, D), and what it adds to the noisy tokens (R, n, D)."""
-        before, noisy = self.tokens(latents, len(context), references)
+        before, noisy = self.tokens(latents, len(context), references), self.noisy(latents)
         image, text = self.through(before, context, modulation, noisy, 0, 1)
         return image, text, (image - before)[:, :noisy]
 
@@ -172,12 +173,15 @@ class MMDiT(nn.Module):
         out, _ = self.through(image, text, modulation, noisy, 1)
         return out, out - image[:, :noisy]
 
-    def tokens(self, latents: Tensor, rows: int, references: Tensor | None) -> tuple[Tensor, int]:
-        """Of latents (B, C, h, w) and references (R, N, D), and n."""
+    def tokens(self, latents: Tensor, rows: int, references: Tensor | None) -> Tensor:
+        """Of latents (B, C, h, w) and references, (R, N, D)."""
         image = self.embed(latents)
-        noisy = image.shape[1]
         image = image if references is None else torch.cat([image, references], dim=1)
-        return image.repeat(rows // len(image), 1, 1), noisy
+        return image.repeat(rows // len(image), 1, 1)
+
+    def noisy(self, latents: Tensor) -> int:
+        """n"""
+        return latents[0, 0].numel() // self.config.patch**2
 
     def through(
         self, image: Tensor, text: Tensor, modulation: Tensor, noisy: int, first: int = 0, last: int | None = None
