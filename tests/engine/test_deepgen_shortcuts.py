@@ -259,7 +259,7 @@ def test_the_plan_knows_what_is_saved_and_what_is_not_known(engine):
         assert whole <= upper < 1.02 * whole and 0.25 * whole < lower < 0.6 * whole
     width = engine.config.dit.heads * engine.config.dit.head_dim
     kept = 2 * 2 * 64 * width * 2  # bytes: two tensors of two rows, 64 tokens, in bfloat16
-    assert 0 < never["sample"].peak_bytes - exact["sample"].peak_bytes < 4 * kept
+    assert 0 < never["sample"].peak_bytes - exact["sample"].peak_bytes < 1.5 * kept
 
 
 def test_fewer_steps_are_those_of_the_same_shift(engine):

@@ -53,7 +53,8 @@ class BlockCache:
         made = {row: image[row - begin, :noisy] + self.kept[row].rest for row in reused}
         if stale := [row for row in rows if row not in reused]:
             now = {row: first[row - begin].clone() for row in stale}
-            for row in stale:  # what is not needed any more goes before the others run
+            del first  # what is not needed any more goes before the others run
+            for row in stale:
                 self.kept.pop(row, None)
             given = (some(x, [row - begin for row in stale], len(context)) for x in (image, text, modulation))
             out, rest = self.run("rest", self.dit.rest, *given, noisy)
