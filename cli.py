@@ -61,6 +61,7 @@ def gen(
     head_steps: o.HeadSteps = None,
     order: o.Reveal = None,
     cfg_interval: o.Interval = None,
+    block_cache: o.BlockCache = None,
     batch_size: o.Batch = None,
     model: o.Model = None,
     device: o.Device = "auto",
@@ -83,7 +84,7 @@ def gen(
     terminal = _terminal(ctx, as_json, quiet)
     old = a.repeated_settings(from_png, model is not None, speed is not None) if from_png else {}
     new = a.given(seed=seed, steps=steps, guidance=guidance, cfg_schedule=cfg_schedule, temperature=temperature)
-    new |= a.shortcuts(speed, head_steps, order, cfg_interval)
+    new |= a.shortcuts(speed, head_steps, order, cfg_interval, block_cache)
     asked = old | new | a.given(negative=negative, model=model, dtype=dtype, quant=quant, exact_rope=exact_rope)
     prompts = a.read_prompts(prompt, prompt_file, instead=old.get("prompt"))
     shape = a.wanted_size(res, size) or old.get("size")
@@ -121,6 +122,7 @@ def edit(
     head_steps: o.HeadSteps = None,
     order: o.Reveal = None,
     cfg_interval: o.Interval = None,
+    block_cache: o.BlockCache = None,
     batch_size: o.Batch = None,
     model: o.Model = None,
     device: o.Device = "auto",
@@ -144,7 +146,7 @@ def edit(
 
     terminal = _terminal(ctx, as_json, quiet)
     asked = a.given(seed=seed, steps=steps, guidance=guidance, cfg_schedule=cfg_schedule, temperature=temperature)
-    asked |= a.shortcuts(speed, head_steps, order, cfg_interval)
+    asked |= a.shortcuts(speed, head_steps, order, cfg_interval, block_cache)
     asked |= a.given(negative=negative, model=model, dtype=dtype, quant=quant, exact_rope=exact_rope)
     picture, prompts = a.read_picture(image), a.read_prompts(prompt, prompt_file)
     where = a.given(
@@ -225,6 +227,7 @@ def plan(
     head_steps: o.HeadSteps = None,
     order: o.Reveal = None,
     cfg_interval: o.Interval = None,
+    block_cache: o.PlanBlockCache = None,
     n: o.N = 1,
     model: o.Model = None,
     dtype: o.Dtype = None,
@@ -252,7 +255,7 @@ def plan(
         "attention": attn,
         "gpu": gpu,
         "vram": vram,
-        "shortcuts": a.shortcuts(speed, head_steps, order, cfg_interval),
+        "shortcuts": a.shortcuts(speed, head_steps, order, cfg_interval, block_cache),
     }
     asked = ask_for(model or "unipic", task, res=res, steps=steps, images=n, **how, say=terminal.say)
     terminal.data |= told(asked)

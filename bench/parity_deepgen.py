@@ -92,9 +92,9 @@ class WatchedSampler(Sampler):
         super().__init__(*given)
         self.seen: list[Tensor] = []
 
-    def guided(self, velocity: Tensor) -> Tensor:
-        self.seen.append(velocity)
-        return super().guided(velocity)
+    def rows(self, *given: object) -> Tensor:
+        self.seen.append(super().rows(*given))
+        return self.seen[-1]
 
 
 def tape(case: Case, image: int, references: Sequence[int]) -> FlowTape:

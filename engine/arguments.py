@@ -118,13 +118,19 @@ def repeated_settings(png: str, other_model: bool, other_speed: bool) -> dict[st
     return settings
 
 
-def shortcuts(speed: str | None, head_steps: str | None, order: str | None, cfg_interval: str | None) -> dict[str, Any]:
+def shortcuts(
+    speed: str | None,
+    head_steps: str | None,
+    order: str | None,
+    cfg_interval: str | None,
+    block_cache: float | None = None,
+) -> dict[str, Any]:
     """What the speed options say, as `Sampling` has it."""
     pairs = given(
         head_steps=head_steps and _pair("--head-steps", head_steps, int, "50:5"),
         cfg_interval=cfg_interval and _pair("--cfg-interval", cfg_interval, float, "0:0.6"),
     )
-    return pairs | given(speed=speed, order=order)
+    return pairs | given(speed=speed, order=order, block_cache=block_cache)
 
 
 def _pair(name: str, text: str, number: type, example: str) -> tuple[Any, Any]:

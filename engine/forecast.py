@@ -16,6 +16,8 @@ from .loaded import Loaded
 from .noise import PhiloxNoise
 from .plan import APART, BANDED, META, Plan, can_be_apart, dry_answer, dry_run, shapes
 from .residency import Bands, Part, Stage, Work
+from .sampling import SHORTCUTS
+from .schedules import begins_within
 from .task import Batch, Task
 
 ROUNDED = 32  # tokens to which a prompt's length is rounded up, so that other prompts are not planned anew
@@ -61,7 +63,7 @@ class Forecast:
             "cells": None if task.cells is None else int(task.cells.sum()),
             "steps": task.steps,
             "guided": task.guidance != 1.0,
-            "shortcuts": [task.head_steps, task.order, task.cfg_interval],
+            "shortcuts": [getattr(task, name) for name in SHORTCUTS],
             "negative": task.negative is not None,
             "images": images,
             "prompts": len(longest),  # each has a copy of what they share
@@ -83,7 +85,8 @@ class Forecast:
         needs = {name: tuple(parts) for name, parts in family.needs(task.kind).items()}
         if previews:
             needs["sample"] += needs["decode"]
-        passes = dict.fromkeys(needs, 2) | {"sample": task.steps * (1 + apart), "decode": 1}
+        guided = sum(begins_within(task.cfg_interval, step, task.steps) for step in range(task.steps))
+        passes = dict.fromkeys(needs, 2) | {"sample": task.steps + apart * guided, "decode": 1}
         *before, sample, decode = self._stages(plan, needs, passes, {"sample": APART} if apart else {})
         decode = replace(decode, bands=Bands(plan.stages[BANDED].peak_bytes, plan.seconds(self.card)[BANDED]))
         return *before, with_previews(sample, decode, plan) if previews else sample, decode

@@ -25,7 +25,7 @@ class StreamedLayers(nn.ModuleList):
     """A stack to be gone through layer by layer, any number of times, one pass at a time; it has no slices.
 
     Of two berths one holds the layer that is computed while the next one comes to the other. Behind the last layer
-    comes the first.
+    comes the first. A pass that ends with the first layer has moved nothing: the next one finds it where it is.
     """
 
     def __init__(self, layers: nn.ModuleList, packs: Sequence[Pack], lanes: Lanes) -> None:
@@ -45,10 +45,11 @@ class StreamedLayers(nn.ModuleList):
         if len(self.coming) < 2 or self.coming[0][0] != 0:  # the pass before was given up
             self._begin()
         for layer in self._modules.values():
-            index, berth = self.coming.popleft()
+            index, berth = self.coming[0]
             berth.show()
             yield layer
             berth.pack.hide()
+            self.coming.popleft()
             self._call((index + 2) % len(self), berth)
 
     def arrive(self) -> None:

@@ -56,6 +56,12 @@ Reveal = _option(str | None, "--order", metavar="NAME", help="Of revealing token
 Interval = _option(
     str | None, "--cfg-interval", metavar="A:B", help="Shares of the run between which guidance is on: 0:0.6."
 )
+BlockCache = _option(
+    float | None, "--block-cache", metavar="X", help="DeepGen: reuse later blocks where the first moved less: 0.1."
+)
+PlanBlockCache = _option(
+    float | None, "--block-cache", metavar="X", help="Planned as if nothing were reused; 1: as if all that may be."
+)
 Temperature = _option(float | None, "--temperature", metavar="X", help="Scales the noise of the diffusion head.")
 Negative = _option(str | None, "--negative", metavar="TEXT", help="What to steer away from.")
 Batch = _option(

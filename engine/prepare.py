@@ -34,13 +34,7 @@ def defaults_of(family: Verbs, config: Any) -> Defaults:
 
 
 def settled(sampling: Sampling, defaults: Defaults) -> dict[str, Any]:
-    """SAMPLED of a Task: as asked, else as the speed has it, else as the checkpoint; the rest is the Task's default.
-
-    Raises UsageError for a speed that this family does not have.
-    """
-    if sampling.speed != "exact" and sampling.speed not in defaults.speeds:
-        known = ", ".join(["exact", *defaults.speeds])
-        raise UsageError(f"speed {sampling.speed} has no meaning for this model", f"choose from {known}")
+    """SAMPLED of a Task: as asked, else as the speed has it, else as the checkpoint; the rest is the Task's default."""
     usual = {"steps": defaults.steps, "guidance": defaults.guidance} | dict(defaults.speeds.get(sampling.speed, {}))
     asked = {name: getattr(sampling, name) for name in SAMPLED}
     return usual | {name: value for name, value in asked.items() if value is not None}

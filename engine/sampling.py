@@ -11,10 +11,10 @@ MAX_SEED = 2**64 - 1
 MAX_IMAGES = 1024  # of one call: prompts x n
 CFG_SCHEDULES = ("constant", "linear")
 ORDERS = ("random", "gtr")  # of revealing tokens, of which a model has some
-SHORTCUTS = ("head_steps", "order", "cfg_interval")  # what makes a picture cheaper, and worse
+SHORTCUTS = ("head_steps", "order", "cfg_interval", "block_cache")  # what makes a picture cheaper, and worse
 SAMPLED = ("steps", "guidance", "cfg_schedule", "temperature", "negative", *SHORTCUTS)
 WHOLE_RUN = (0.0, 1.0)
-SPEEDS = ("exact", "balanced", "fast")  # sets of shortcuts, of which a model has some
+SPEEDS = ("exact", "balanced", "fast")  # the latter are sets of shortcuts, each model's own
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Sampling:
     head_steps: tuple[int, int] | None = None  # the diffusion head's in the first and the last round, linear between
     order: str | None = None  # in which tokens are revealed, of ORDERS; random by default
     cfg_interval: tuple[float, float] | None = None  # shares of the run between which guidance is on
+    block_cache: float | None = None  # relative change of the first block below which the others are not run
     speed: str = "exact"  # of SPEEDS; decides what is not said otherwise
     batch_size: int | None = None  # images computed together; None: one on the CPU, up to four on a GPU
     preview_every: int = 0  # rounds between previews, 0 for none
@@ -52,6 +53,8 @@ class Sampling:
         check_one_of("speed", self.speed, SPEEDS)
         if self.order is not None:
             check_one_of("order", self.order, ORDERS)
+        if self.block_cache is not None:
+            check_number("block_cache", self.block_cache, 0.0, 1.0)
         self._check_interval()
         self._check_head_steps()
         if self.negative:  # an empty one is a wish, too
@@ -90,6 +93,7 @@ class SamplingOptions(TypedDict, total=False):
     head_steps: tuple[int, int] | None
     order: str | None
     cfg_interval: tuple[float, float] | None
+    block_cache: float | None
     speed: str
     batch_size: int | None
     preview_every: int

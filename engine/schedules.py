@@ -138,6 +138,12 @@ def guidance_at(schedule: str, guidance: float, left: float) -> float:
     return guidance if schedule == "constant" else 1.0 + (guidance - 1.0) * (1.0 - left)
 
 
+def begins_within(interval: tuple[float, float], index: int, of: int) -> bool:
+    """Whether round `index` of so many begins between these shares of the run."""
+    first, end = interval
+    return first <= index / of < end
+
+
 def annealed_steps(first: int, last: int, index: int, of: int) -> int:
     """The head's steps in a round: linear from the first round's to the last's (DiSA, arXiv 2505.20297)."""
     return last + int((of - 1 - index) / max(of - 1, 1) * (first - last))

@@ -29,9 +29,10 @@ class Task:
     sources: tuple[Tensor, ...] = ()
     cells: Tensor | None = None
     posterior: str | None = None  # of the sources, one of request.POSTERIORS; None for the family's own
-    head_steps: tuple[int, int] | None = None  # this and the next two as in request.Sampling
+    head_steps: tuple[int, int] | None = None  # this and those below as in sampling.Sampling
     order: str = "random"
     cfg_interval: tuple[float, float] = WHOLE_RUN
+    block_cache: float | None = None
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,16 @@ def test_a_speed_decides_what_is_not_said_and_is_repeated(run, model):
     assert made("--from", "fast.png", "--speed", "exact") == exact
 
 
+def test_from_repeats_a_picture_of_the_other_family_with_its_shortcuts(run, tiny_deepgen):
+    options = ("--res", "64", "--steps", "4", "--seed", "5", "--block-cache", "0.7", "--cfg-interval", "0:0.5")
+    assert run("gen", "x", "-m", str(tiny_deepgen), *options, "-o", "a.png")[0] == 0
+    assert {"block_cache": 0.7, "cfg_interval": [0.0, 0.5]}.items() <= read_settings("a.png").items()
+    assert run("gen", "--from", "a.png", "-o", "b.png")[0] == 0
+    assert np.array_equal(pixels("a.png"), pixels("b.png")) and read_settings("a.png") == read_settings("b.png")
+    assert run("gen", "--from", "a.png", "--block-cache", "0", "-o", "c.png")[0] == 0
+    assert not np.array_equal(pixels("a.png"), pixels("c.png"))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -119,6 +129,8 @@ def test_a_speed_decides_what_is_not_said_and_is_repeated(run, model):
         (("--head-steps", "50"), "--head-steps '50' is not A:B: write for example 50:5"),
         (("--cfg-interval", "1:0"), "cfg_interval 1 to 0 is empty"),
         (("--order", "raster"), "order 'raster' is unknown: choose from random, gtr"),
+        (("--block-cache", "2"), "block_cache 2.0 is not a number from 0 to 1"),
+        (("--block-cache", "0.1"), "block_cache 0.1 has no meaning for this model"),
     ],
 )
 def test_shortcuts_that_are_none_are_refused(run, model, options, said):

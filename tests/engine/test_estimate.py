@@ -34,11 +34,12 @@ def test_shortcuts_are_planned_and_those_of_other_models_refused():
     assert short["head_steps"] == (10, 5) and exact["head_steps"] is None
     fast = estimate("unipic", "gen", res=256, shortcuts={"speed": "fast", "order": "random"})
     assert (fast["steps"], fast["head_steps"], fast["order"]) == (24, (20, 10), "random"), "of 32 rounds, 100 steps"
-    with pytest.raises(UsageError, match="speed fast has no meaning for this model: choose from exact"):
-        estimate("unipic2-kontext", "gen", shortcuts={"speed": "fast"})
+    assert estimate("deepgen", "gen", res=256, shortcuts={"speed": "fast"})["steps"] == 18, "of 50"
     assert short["stages"]["sample"]["launches"] < 0.5 * exact["stages"]["sample"]["launches"]
     with pytest.raises(UsageError, match="order gtr has no meaning for this model"):
         estimate("deepgen", "gen", shortcuts={"order": "gtr"})
+    with pytest.raises(UsageError, match=r"block_cache 0.1 has no meaning for this model: leave it at None; it knows"):
+        estimate("unipic", "gen", shortcuts={"block_cache": 0.1})
     with pytest.raises(UsageError, match="a question is not sampled"):
         estimate("unipic", "ask", shortcuts={"order": "gtr"})
 

@@ -11,7 +11,7 @@ from unipic_run import Engine
 from unipic_run.engine import families
 from unipic_run.engine.noise import PhiloxNoise
 from unipic_run.engine.request import FITS, POSTERIORS
-from unipic_run.engine.sampling import SHORTCUTS
+from unipic_run.engine.sampling import SHORTCUTS, SPEEDS
 from unipic_run.engine.task import Batch, Task
 from unipic_run.engine.verbs import Verbs
 
@@ -35,6 +35,7 @@ def test_families_have_the_verbs(name: str) -> None:
             expected = [p for p in inspect.signature(wanted).parameters if p != "self"]
             assert list(inspect.signature(getattr(module, verb)).parameters) == expected, verb
     assert isinstance(module.IMAGE, str)
+    assert [*module.speeds(families.architecture(name)[1])] == [speed for speed in SPEEDS if speed != "exact"]
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)

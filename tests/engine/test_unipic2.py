@@ -88,9 +88,9 @@ class WatchedSampler(Sampler):
     velocities: list[Tensor]
     latents: list[Tensor]
 
-    def guided(self, velocity: Tensor) -> Tensor:
-        self.velocities.append(velocity)
-        return super().guided(velocity)
+    def rows(self, *given: Any) -> Tensor:
+        self.velocities.append(super().rows(*given))
+        return self.velocities[-1]
 
     def step(self, *given: Any) -> tuple[Tensor, Tensor]:
         made = super().step(*given)

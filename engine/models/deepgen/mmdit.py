@@ -24,6 +24,7 @@ latents' height and width, n image tokens, N those with the references', M text 
 """
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -154,14 +155,48 @@ class MMDiT(nn.Module):
         context (R, M, D) = context_embed(text), whose rows are k times those of the pictures, and modulation, a step's
         table, each row of which is for as many rows; references (B, N - n, D), the `embed` of each one after another.
         """
+        noisy, rows = self.noisy(latents), len(context)
+        # No name and no tuple holds these tokens here, so that they go with the first block: 24 MiB at 1024x1024.
+        image, _ = self.through(self.tokens(latents, rows, references), context, modulation, noisy)
+        return self.velocity(image, modulation, *latents.shape[2:])
+
+    def first(
+        self, latents: Tensor, context: Tensor, modulation: Tensor, references: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The first block's image (R, N, D) and text (R, M, D), and what it adds to the noisy tokens (R, n, D)."""
+        before, noisy = self.tokens(latents, len(context), references), self.noisy(latents)
+        image, text = self.through(before, context, modulation, noisy, 0, 1)
+        return image, text, (image - before)[:, :noisy]
+
+    def rest(self, image: Tensor, text: Tensor, modulation: Tensor, noisy: int) -> tuple[Tensor, Tensor]:
+        """The noisy tokens (R, n, D) behind all other blocks, and what these add to them."""
+        out, _ = self.through(image, text, modulation, noisy, 1)
+        return out, out - image[:, :noisy]
+
+    def tokens(self, latents: Tensor, rows: int, references: Tensor | None) -> Tensor:
+        """Of latents (B, C, h, w) and references, (R, N, D)."""
         image = self.embed(latents)
-        noisy = image.shape[1]
         image = image if references is None else torch.cat([image, references], dim=1)
-        image = image.repeat(len(context) // len(image), 1, 1)  # (R, N, D)
-        *chunks, final = of_layers(modulation, self.config)
-        for block, *both in zip(self.blocks, chunks[::2], chunks[1::2], strict=True):  # in order, as streamed ones come
-            image, context = block(image, context, *both, noisy)
-        return self.picture(norm_linear(image, self.norm, self.out, final), *latents.shape[2:])
+        return image.repeat(rows // len(image), 1, 1)
+
+    def noisy(self, latents: Tensor) -> int:
+        """n"""
+        return latents[0, 0].numel() // self.config.patch**2
+
+    def through(
+        self, image: Tensor, text: Tensor, modulation: Tensor, noisy: int, first: int = 0, last: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """image (R, N, D) and text (R, M, D) through the blocks from `first` to before `last`."""
+        *chunks, _ = of_layers(modulation, self.config)
+        every = zip(self.blocks, chunks[::2], chunks[1::2], strict=True)  # in order, as streamed ones come
+        for block, *both in islice(every, first, last):
+            image, text = block(image, text, *both, noisy)
+        return image, text
+
+    def velocity(self, x: Tensor, modulation: Tensor, height: int, width: int) -> Tensor:
+        """The noisy tokens (R, n, D) behind the last block to (R, C, height, width)."""
+        final = of_layers(modulation, self.config)[-1]
+        return self.picture(norm_linear(x, self.norm, self.out, final), height, width)
 
     def picture(self, x: Tensor, height: int, width: int) -> Tensor:
         """Tokens (R, n, 4 C), in the order of row, column, channel, to (R, C, height, width)."""

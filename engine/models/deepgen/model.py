@@ -42,12 +42,13 @@ from .mmdit import MMDiT
 from .modulation import Modulation
 from .prompts import IMAGE, PICTURE, SYSTEM, TURN, as_ids, turn, unconditional_turn  # noqa: F401 (IMAGE: as above)
 from .sampler import Guided, Levels, Sampler
+from .speeds import speeds  # noqa: F401 (the engine asks the family)
 from .vision import VisionTower, as_patches, patches
 
 kinds = ("generate", "edit", "ask")
 fits = ("keep", "longest", "crop")
 posteriors = ("sample", "mean")
-shortcuts = ()
+shortcuts = ("cfg_interval", "block_cache")
 most_sources = 8
 parts_guidance = True
 lookups = {"look": ("embed",), "condition": ("embed",)}  # the latter of a question
@@ -58,12 +59,10 @@ repeated = (
     ("llm.layers.*", "follow"),
     ("llm.layers.*", "unattended"),
     ("dit", "forward"),
+    ("dit", "first"),
+    ("dit", "rest"),
     ("dit.blocks.*", "forward"),
 )
-
-
-def speeds(config: Config) -> dict[str, dict[str, object]]:
-    return {}
 
 
 def needs(kind: str) -> dict[str, tuple[str, ...]]:
@@ -250,7 +249,8 @@ def sample(model: DeepGen, conditions: Conditions, task: Task, batch: Batch, sch
     like, shape = prompts[0].text, latents(model.config, 1, task.rows, task.columns)[1:]
     how, pictures = (batch.noises, task.posterior == "mean"), enumerate(conditions.pictures)
     references = [posterior(model.config, picture, index, *how) for index, picture in pictures]
-    sampler = Sampler(model, prompts, references, task.guidance, batch.apart)
+    how = {"interval": task.cfg_interval, "block_cache": task.block_cache}
+    sampler = Sampler(model, prompts, references, task.guidance, apart=batch.apart, **how)
     x = torch.stack([noise.flow_start(shape, like.device) for noise in batch.noises]).to(like.dtype)
     for step in range(len(schedule)):
         x, clean = sampler.step(x, schedule, step)

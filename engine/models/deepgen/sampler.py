@@ -1,6 +1,7 @@
 """The denoising steps of one batch of DeepGen 1.0: flow matching by Euler's method, guidance as more rows.
 
-These are one batch of the transformer, or two: that halves what a step holds, and reads the weights twice.
+These are one batch of the transformer, or two: that halves what a step holds, and reads the weights twice. Outside the
+interval of guidance there are the conditional rows alone.
 Letters: B pictures, R guidance rows (B, or 2B with guidance: conditional rows first), C latent channels, S steps,
 M text tokens.
 """
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...schedules import euler_step, flow_match_sigmas
+from ...sampling import WHOLE_RUN
+from ...schedules import begins_within, euler_step, flow_match_sigmas
+from .block_cache import BlockCache
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Group:
     context: Tensor  # (R, M, D)
     tables: tuple[Tensor, ...]  # of each picture, or one that all share: (S, K, all chunks)
     references: Tensor | None  # (B, tokens, D)
+    cache: BlockCache | None
 
     def modulation(self, step: int) -> Tensor:
         """(rows, all chunks), conditional rows first."""
@@ -60,12 +64,17 @@ class Sampler:
         prompts: Sequence[Guided],
         references: Sequence[Tensor],
         guidance: float,
+        *,
         apart: bool = False,
+        interval: tuple[float, float] = WHOLE_RUN,
+        block_cache: float | None = None,
     ) -> None:
         """`model`: a DeepGen; `prompts`: one a picture; `references`: latents (B, C, h, w) of every source; `apart`:
-        unconditional rows come after the conditional ones, not beside them.
+        unconditional rows come after the conditional ones, not beside them; `interval` and `block_cache` as in
+        sampling.Sampling.
         """
-        self.model, self.guidance, self.apart = model, guidance, apart
+        self.model, self.guidance, self.apart, self.interval = model, guidance, apart, interval
+        self.steps, self.threshold = len(prompts[0].modulation), block_cache
         tokens = [model.dit.embed(latents) for latents in references]
         seen = torch.cat(tokens, dim=1) if tokens else None
         self.groups = [self.grouped(images, prompts, seen) for images in by_length(prompts)]
@@ -75,30 +84,41 @@ class Sampler:
         text = torch.stack([prompt.text for prompt in mine], dim=1).flatten(0, 1)
         tables = tuple({id(prompt): prompt.modulation for prompt in mine}.values())
         tables = tables if len(tables) == 1 else tuple(prompt.modulation for prompt in mine)
-        return Group(images, self.model.dit.context_embed(text), tables, None if seen is None else seen[list(images)])
+        references = None if seen is None else seen[list(images)]
+        cache = None
+        if self.threshold is not None:
+            cache = BlockCache(self.model.dit, self.model.graphs, self.threshold)
+        return Group(images, self.model.dit.context_embed(text), tables, references, cache)
 
     def velocity(self, latents: Tensor, step: int) -> Tensor:
         """Of latents (B, C, h, w), guided."""
         found = {}
         for group in self.groups:
-            found |= zip(group.images, self.guided(self.rows(latents[list(group.images)], group, step)), strict=True)
+            rows = self.rows(latents[list(group.images)], group, step)
+            found |= zip(group.images, self.guided(rows, len(group.images)), strict=True)
         return torch.stack([found[image] for image in range(len(latents))])
 
     def rows(self, latents: Tensor, group: Group, step: int) -> Tensor:
-        """The velocities of a group (R, C, h, w), unguided."""
-        given = group.context, group.modulation(step)
-        passes = zip(*(x.chunk(2) for x in given), strict=True) if self.apart and self.guidance != 1.0 else [given]
-        return torch.cat([self.transformed(latents, *one, group.references) for one in passes])
+        """The velocities of a group (R, C, h, w), unguided; in steps without guidance of the conditional rows alone."""
+        passes, on = [(group.context, group.modulation(step))], self.is_guided(step)
+        if self.guidance != 1.0 and (self.apart or not on):
+            passes = [*zip(*(x.chunk(2) for x in passes[0]), strict=True)][: 1 + on]
+        return torch.cat([self.transformed(latents, group, *one, index) for index, one in enumerate(passes)])
 
-    def transformed(self, latents: Tensor, context: Tensor, modulation: Tensor, references: Tensor | None) -> Tensor:
-        """The transformer's velocities of as many rows as `context` has."""
-        given = latents, context, modulation, references
+    def is_guided(self, step: int) -> bool:
+        return self.guidance != 1.0 and begins_within(self.interval, step, self.steps)
+
+    def transformed(self, latents: Tensor, group: Group, context: Tensor, modulation: Tensor, index: int) -> Tensor:
+        """The transformer's velocities of as many rows as `context` has, the pass number `index` of the step."""
+        given = latents, context, modulation, group.references
+        if group.cache:
+            return group.cache.velocity(index * len(latents), *given)
         key = tuple(x if x is None else tuple(x.shape) for x in given)
         return self.model.graphs.run("round", key, self.model.dit, given).clone()  # the next call may overwrite it
 
-    def guided(self, velocity: Tensor) -> Tensor:
-        """(R, C, h, w) to (B, C, h, w), in the model's precision."""
-        if self.guidance == 1.0:
+    def guided(self, velocity: Tensor, pictures: int) -> Tensor:
+        """(R, C, h, w) to (B, C, h, w), in the model's precision; rows without guidance as they are."""
+        if len(velocity) == pictures:
             return velocity
         cond, uncond = velocity.chunk(2)
         return uncond + self.guidance * (cond - uncond)

@@ -25,6 +25,7 @@ from ...deepgen.mmdit import MMDiT
 from ...deepgen.model import decode, latents, rows_of, sample, schedule, taken_over  # noqa: F401
 from ...deepgen.modulation import Modulation
 from ...deepgen.sampler import Guided
+from ...deepgen.speeds import speeds  # noqa: F401 (the engine asks the family)
 from ..limits import fitted_size  # noqa: F401
 from . import text_encoders
 from .config import CLIPS
@@ -34,18 +35,14 @@ from .prompts import IMAGE, TOKENIZERS, ids_of, texts_of  # noqa: F401 (IMAGE: a
 kinds = ("generate", "edit")
 fits = ("longest", "crop")
 posteriors = ("sample", "mean")
-shortcuts = ()
+shortcuts = ("cfg_interval", "block_cache")
 most_sources = 1  # which the result has the size of
 parts_guidance = True
 tuned = ()
 lookups: Mapping[str, Sequence[str]] = {}
 stacks = ("t5", "modulation", "dit")
 # Costs the same for equal shapes, so a dry run looks once.
-repeated = (("dit", "forward"), ("dit.blocks.*", "forward"))
-
-
-def speeds(config: Config) -> dict[str, dict[str, object]]:
-    return {}
+repeated = (("dit", "forward"), ("dit", "first"), ("dit", "rest"), ("dit.blocks.*", "forward"))
 
 
 def needs(kind: str) -> dict[str, tuple[str, ...]]:

@@ -46,6 +46,7 @@ from ...deepgen.model import (  # noqa: F401 (as above)
 )
 from ...deepgen.model import needs as _needs
 from ...deepgen.prompts import IMAGE, as_ids  # noqa: F401
+from ...deepgen.speeds import speeds  # noqa: F401 (the engine asks the family)
 from ...deepgen.vision import MERGE, as_patches
 from ..limits import fitted_size  # noqa: F401
 from .prompts import turn, unconditional_turn
@@ -54,14 +55,10 @@ from .shrink import smaller
 kinds = ("generate", "edit", "ask")
 fits = ("longest", "crop")
 posteriors = ("sample", "mean")
-shortcuts = ()
+shortcuts = ("cfg_interval", "block_cache")
 most_sources = 1  # which the result has the size of
 parts_guidance = True
 tuned = ()
-
-
-def speeds(config: Config) -> dict[str, dict[str, object]]:
-    return {}
 
 
 def needs(kind: str) -> dict[str, tuple[str, ...]]:
