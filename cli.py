@@ -60,6 +60,7 @@ def gen(
     head_steps: o.HeadSteps = None,
     order: o.Reveal = None,
     cfg_interval: o.Interval = None,
+    solver: o.Solver = None,
     batch_size: o.Batch = None,
     model: o.Model = None,
     device: o.Device = "auto",
@@ -82,7 +83,7 @@ def gen(
     terminal = _terminal(ctx, as_json, quiet)
     old = a.repeated_settings(from_png, other_model=model is not None) if from_png else {}
     new = a.given(seed=seed, steps=steps, guidance=guidance, cfg_schedule=cfg_schedule, temperature=temperature)
-    new |= a.shortcuts(head_steps, order, cfg_interval)
+    new |= a.shortcuts(head_steps, order, cfg_interval, solver)
     asked = old | new | a.given(negative=negative, model=model, dtype=dtype, quant=quant, exact_rope=exact_rope)
     prompts = a.read_prompts(prompt, prompt_file, instead=old.get("prompt"))
     shape = a.wanted_size(res, size) or old.get("size")
@@ -119,6 +120,7 @@ def edit(
     head_steps: o.HeadSteps = None,
     order: o.Reveal = None,
     cfg_interval: o.Interval = None,
+    solver: o.Solver = None,
     batch_size: o.Batch = None,
     model: o.Model = None,
     device: o.Device = "auto",
@@ -142,7 +144,7 @@ def edit(
 
     terminal = _terminal(ctx, as_json, quiet)
     asked = a.given(seed=seed, steps=steps, guidance=guidance, cfg_schedule=cfg_schedule, temperature=temperature)
-    asked |= a.shortcuts(head_steps, order, cfg_interval)
+    asked |= a.shortcuts(head_steps, order, cfg_interval, solver)
     asked |= a.given(negative=negative, model=model, dtype=dtype, quant=quant, exact_rope=exact_rope)
     picture, prompts = a.read_picture(image), a.read_prompts(prompt, prompt_file)
     where = a.given(
@@ -222,6 +224,7 @@ def plan(
     head_steps: o.HeadSteps = None,
     order: o.Reveal = None,
     cfg_interval: o.Interval = None,
+    solver: o.Solver = None,
     n: o.N = 1,
     model: o.Model = None,
     dtype: o.Dtype = None,
@@ -249,7 +252,7 @@ def plan(
         "attention": attn,
         "gpu": gpu,
         "vram": vram,
-        "shortcuts": a.shortcuts(head_steps, order, cfg_interval),
+        "shortcuts": a.shortcuts(head_steps, order, cfg_interval, solver),
     }
     asked = ask_for(model or "unipic", task, res=res, steps=steps, images=n, **how, say=terminal.say)
     terminal.data |= told(asked)

@@ -29,6 +29,8 @@ WAYS: dict[str, dict[str, Any]] = {  # "steps" as a share of the model's rounds
     "head steps 50:5": {"head_steps": (50, 5)},
     "head steps 25:5": {"head_steps": (25, 5)},
     "head steps 10:10": {"head_steps": (10, 10)},
+    "head steps 10:10, ddim": {"head_steps": (10, 10), "solver": "ddim"},
+    "head steps 10:10, dpm2": {"head_steps": (10, 10), "solver": "dpm2"},
     "guidance 0:0.6": {"cfg_interval": (0.0, 0.6)},
     "guidance 0.2:1": {"cfg_interval": (0.2, 1.0)},
     "gtr": {"order": "gtr"},

@@ -53,6 +53,9 @@ Reveal = _option(str | None, "--order", metavar="NAME", help="Of revealing token
 Interval = _option(
     str | None, "--cfg-interval", metavar="A:B", help="Shares of the run between which guidance is on: 0:0.6."
 )
+Solver = _option(
+    str | None, "--solver", metavar="NAME", help="Of the diffusion head: ddpm, or ddim or dpm2, noiseless."
+)
 Temperature = _option(float | None, "--temperature", metavar="X", help="Scales the noise of the diffusion head.")
 Negative = _option(str | None, "--negative", metavar="TEXT", help="What to steer away from.")
 Batch = _option(

@@ -108,6 +108,7 @@ def _task(kind: str, width: int, height: int, sampling: Sampling, defaults: Defa
         head_steps=sampling.head_steps,
         order=sampling.order,
         cfg_interval=sampling.cfg_interval,
+        solver=sampling.solver,
         **source,
     )
 

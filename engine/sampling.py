@@ -11,7 +11,8 @@ MAX_SEED = 2**64 - 1
 MAX_IMAGES = 1024  # of one call: prompts x n
 CFG_SCHEDULES = ("constant", "linear")
 ORDERS = ("random", "gtr")  # of revealing tokens, of which a model has some
-SHORTCUTS = ("head_steps", "order", "cfg_interval")  # what makes a picture cheaper, and worse
+SOLVERS = ("ddpm", "ddim", "dpm2")  # of the diffusion head; only the first draws noise in its steps
+SHORTCUTS = ("head_steps", "order", "cfg_interval", "solver")  # what makes a picture cheaper, and worse
 SAMPLED = ("steps", "guidance", "cfg_schedule", "temperature", "negative", *SHORTCUTS)
 WHOLE_RUN = (0.0, 1.0)
 
@@ -25,11 +26,12 @@ class Sampling:
     steps: int | None = None  # rounds
     guidance: float | None = None  # 1.0 turns guidance off
     cfg_schedule: str = "constant"
-    temperature: float = 1.0  # scales the head's per-step noise
+    temperature: float = 1.0  # scales the noise of the head's steps, and its start with a solver that draws none
     negative: str | None = None  # replaces the unconditional prompt
     head_steps: tuple[int, int] | None = None  # the diffusion head's in the first and the last round, linear between
     order: str = "random"  # in which tokens are revealed, of ORDERS
     cfg_interval: tuple[float, float] = WHOLE_RUN  # shares of the run between which guidance is on
+    solver: str = "ddpm"  # of the head's denoising, of SOLVERS
     batch_size: int | None = None  # images computed together; None: one on the CPU, up to four on a GPU
     preview_every: int = 0  # rounds between previews, 0 for none
 
@@ -46,6 +48,7 @@ class Sampling:
         check_number("temperature", self.temperature, 0.0, 100.0)
         check_one_of("cfg_schedule", self.cfg_schedule, CFG_SCHEDULES)
         check_one_of("order", self.order, ORDERS)
+        check_one_of("solver", self.solver, SOLVERS)
         self._check_pairs()
         if self.negative:  # an empty one is a wish, too
             check_text("negative prompt", self.negative)
@@ -79,6 +82,7 @@ class SamplingOptions(TypedDict, total=False):
     head_steps: tuple[int, int] | None
     order: str
     cfg_interval: tuple[float, float]
+    solver: str
     batch_size: int | None
     preview_every: int
 

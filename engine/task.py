@@ -32,6 +32,7 @@ class Task:
     head_steps: tuple[int, int] | None = None  # this and the next two as in request.Sampling
     order: str = "random"
     cfg_interval: tuple[float, float] = WHOLE_RUN
+    solver: str = "ddpm"  # of sampling.SOLVERS
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class Sampling(TypedDict, total=False):
     head_steps: tuple[int, int] | None
     order: str
     cfg_interval: tuple[float, float]
+    solver: str
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ def test_sizes(size: tuple[Any, Any], message: str) -> None:
         {"temperature": -0.1},
         {"cfg_schedule": "cosine"},
         {"order": "raster"},
+        {"solver": "heun"},
         {"head_steps": (50, 1)},
         {"head_steps": (50,)},
         {"head_steps": 50},

@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from unipic_run.engine.schedules import (
     gtr_counts,
     gtr_orders,
     guidance_at,
+    ode_table,
     reveal_counts,
     reveal_rounds,
 )
+from unipic_run.kernels.ddpm_step import ddpm_step
 
 ROOT = Path(__file__).resolve().parents[2]
 DEEPGEN = Path(os.environ.get("UNIPIC_RUN_GOLDENS", ROOT.parent / "shared" / "goldens")) / "deepgen"
@@ -133,6 +136,82 @@ def test_noise_table_equals_the_recorded_constants(goldens: Path) -> None:
 def test_one_step_table_is_finite() -> None:
     (step,) = ddpm_table(1000, 1, 0.2)
     assert step.timestep == 0 and step.sqrt_recip > 0
+
+
+def solved(table, eps, x: torch.Tensor) -> list[torch.Tensor]:
+    """x (N, 1) float64 after every step of an ODE's solver, from eps(x, timestep)."""
+    states, before = [], torch.zeros_like(x)
+    for step in reversed(table):
+        out = torch.cat([eps(x, step.timestep), torch.full_like(x, float("nan"))], dim=1)  # no variance is looked at
+        x = ddpm_step(x, out, None, None, step, 1.0, 1.0, before)
+        states.append(x)
+    return states
+
+
+def waves(x: torch.Tensor, timestep: int) -> torch.Tensor:
+    return torch.sin(3 * x + timestep / 300)
+
+
+@pytest.mark.parametrize("latest", [None, 950])
+@pytest.mark.parametrize("steps", [2, 4, 11])
+def test_both_solvers_step_as_their_papers_say(steps: int, latest: int | None) -> None:
+    """DDIM on eps, equation 12 of arXiv 2010.02502; 2M on x0, algorithm 2 of arXiv 2211.01095, but for its end."""
+    bars = torch.cumprod(1 - cosine_betas(1000, 0.2), dim=0)
+    kept = [step.timestep for step in ddpm_table(1000, steps, 0.2, latest)][::-1]
+    ends = torch.cat([bars[kept], torch.ones(1, dtype=torch.float64)])
+    alpha, sigma = ends.sqrt(), (1 - ends).sqrt()
+    start = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    one, two, former = start, start, None
+    ddim, multi = (solved(ode_table(1000, steps, 0.2, latest, order), waves, start) for order in (1, 2))
+    for i, timestep in enumerate(kept):
+        eps = waves(one, timestep)
+        one = alpha[i + 1] * (one - sigma[i] * eps) / alpha[i] + sigma[i + 1] * eps
+        torch.testing.assert_close(ddim[i], one, rtol=1e-9, atol=1e-12)
+        x0 = (two - sigma[i] * waves(two, timestep)) / alpha[i]
+        guess, h = x0, (alpha[i + 1] / sigma[i + 1] * sigma[i] / alpha[i]).log()
+        if 0 < i < len(kept) - 2:
+            r = (alpha[i] / sigma[i] * sigma[i - 1] / alpha[i - 1]).log() / h
+            guess = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * former
+        two, former = sigma[i + 1] / sigma[i] * two - alpha[i + 1] * torch.expm1(-h) * guess, x0
+        torch.testing.assert_close(multi[i], two, rtol=1e-9, atol=1e-12)
+
+
+def test_solvers_step_as_those_of_diffusers() -> None:
+    """Whose last steps differ: they are compared as far as they are alike."""
+    diffusers = pytest.importorskip("diffusers")
+    start = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    for order in (1, 2):
+        theirs = diffusers.DPMSolverMultistepScheduler(
+            trained_betas=cosine_betas(1000, 0.2).numpy(), solver_order=order, final_sigmas_type="zero"
+        )
+        table, x, states = ode_table(1000, 10, 0.2, 950, order), start, []
+        theirs.set_timesteps(timesteps=[step.timestep for step in reversed(table)])
+        for timestep in theirs.timesteps:
+            x = theirs.step(waves(x, timestep.item()), timestep, x).prev_sample
+            states.append(x)
+        alike = len(table) if order == 1 else len(table) - 2
+        ours = solved(table, waves, start)[:alike]
+        torch.testing.assert_close(torch.stack(ours), torch.stack(states[:alike]), rtol=2e-4, atol=2e-4)
+
+
+def test_solvers_come_to_what_the_equation_says() -> None:
+    """Of normal data, whose path is known: twice the steps halve DDIM's error and quarter the second order's."""
+    mean, spread = 0.7, 0.2
+    bars = torch.cumprod(1 - cosine_betas(1000, 0.2), dim=0)
+
+    def eps(x: torch.Tensor, timestep: int) -> torch.Tensor:
+        a = bars[timestep]
+        return (1 - a).sqrt() * (x - a.sqrt() * mean) / (a * spread**2 + 1 - a)
+
+    x, a = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None], bars[950]
+    exact = mean + spread * (x - a.sqrt() * mean) / (a * spread**2 + 1 - a).sqrt()
+
+    def error(steps: int, order: int) -> float:
+        return (solved(ode_table(1000, steps, 0.2, 950, order), eps, x)[-1] - exact).abs().max().item()
+
+    first, second = ([error(steps, order) for steps in (20, 40, 80)] for order in (1, 2))
+    assert second[0] < 0.6 * first[0]
+    assert all(1.6 < a / b < 2.4 for a, b in pairwise(first)) and all(a / b > 3 for a, b in pairwise(second))
 
 
 @pytest.fixture(scope="module")

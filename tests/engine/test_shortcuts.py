@@ -1,6 +1,7 @@
 """What makes a picture cheaper, rounds without guidance and fewer steps of the head, does what it says and no more."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from unipic_run.engine.loaded import Loaded
 from unipic_run.engine.models.unipic.sampler import LATEST, Sampler
 from unipic_run.engine.noise import PhiloxNoise
 from unipic_run.engine.plan import META, dry_run, shapes
+from unipic_run.engine.sampling import SOLVERS
 from unipic_run.engine.task import Batch, Task
 from unipic_run.kernels._op import interpreted
 
@@ -98,11 +100,36 @@ def test_every_round_takes_its_own_number_of_steps(family, model, tokens):
     assert all(table[0] == 0 and table[-1] == LATEST for table in tables)
 
 
-def test_kernels_make_the_same_picture(family, model, tokens):
-    """Few rounds: the interpreter is slow."""
+def test_the_solver_is_the_one_that_was_asked_for(family, model, tokens):
+    """All begin alike, and come to different ends; each again to its own."""
+    first = {solver: rounds(family, model, tokens, replace(TASK, solver=solver))[0] for solver in SOLVERS}
+    for one, other in combinations(first.values(), 2):
+        assert not torch.allclose(one, other, atol=1e-3)
+    assert torch.equal(rounds(family, model, tokens, replace(TASK, solver="dpm2"))[0], first["dpm2"])
+
+
+def test_without_noise_in_its_steps_a_solver_is_heated_at_the_start(family, model, tokens):
+    """At temperature 0 it begins at nothing, whatever the seed; the same draws none in its steps."""
+    cold, hot = (replace(TASK, solver="ddim", temperature=t) for t in (0.0, 0.5))
+    conditions, (plan, *_) = (
+        family.condition(model, tokens, TASK, BATCH),
+        family.schedule(model.config, TASK, BATCH).rounds,
+    )
+    z = torch.randn(4, plan.predicted.shape[1], model.config.mar.width, generator=torch.Generator().manual_seed(0))
+    alike = z[:1].expand_as(z)
+    made = {
+        task: Sampler(model, conditions.rows, None, task, BATCH.noises).denoise(alike, plan) for task in (cold, hot)
+    }
+    torch.testing.assert_close(made[cold][0], made[cold][1], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(made[hot][0], made[hot][1], atol=1e-2)
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "dpm2"])
+def test_kernels_make_the_same_picture(family, model, tokens, solver):
+    """Few rounds: the interpreter is slow. Of four steps of the second order one is."""
     pytest.importorskip("triton")
     batch = Batch(BATCH.prompts[:1], BATCH.noises[:1])
-    task = replace(TASK, rows=2, columns=2, steps=2, head_steps=(3, 2), cfg_interval=(0.0, 0.5))
+    task = replace(TASK, rows=2, columns=2, steps=2, head_steps=(4, 2), cfg_interval=(0.0, 0.5), solver=solver)
 
     def last():
         schedule = family.schedule(model.config, task, batch)

@@ -14,16 +14,17 @@ from ....kernels.ddpm_step import GUIDANCE, DDPMStep, Drawn, step_table
 from ....kernels.philox import token_noise
 from ...kv_cache import KVCache, Prompts
 from ...noise import Noise, Stream
-from ...schedules import Round, annealed_steps, ddpm_table, guidance_at
+from ...schedules import Round, annealed_steps, ddpm_table, guidance_at, ode_table
 from ...task import Task
 
 # With few steps the one from timestep 999 to the next multiplies the error of the predicted noise by hundreds.
 LATEST = 950
+ODE_ORDERS = {"ddim": 1, "dpm2": 2}  # of the solvers that draw no noise
 
 
 @dataclass(frozen=True)
 class Table:
-    """A round's denoising steps, their embeddings (T, W), and (T, 8) of `step_table` where kernels take them."""
+    """A round's denoising steps, their embeddings (T, W), and (T, 9) of `step_table` where kernels take them."""
 
     steps: list[DDPMStep]
     embedded: Tensor
@@ -95,7 +96,8 @@ class Sampler:
     def _table(self, steps: int | None) -> "Table":
         """None is the model's own number, over all its timesteps."""
         model, head = self.model, self.model.config.head
-        made = ddpm_table(head.train_steps, steps or head.steps, head.max_beta, None if steps is None else LATEST)
+        respacing = head.train_steps, steps or head.steps, head.max_beta, None if steps is None else LATEST
+        made = ode_table(*respacing, ODE_ORDERS[self.task.solver]) if self.ode else ddpm_table(*respacing)
         embedded = model.graphs.hold("timesteps", steps, model.head.embed_steps(made))
         coefficients = None
         if self.keys is not None:
@@ -108,21 +110,32 @@ class Sampler:
         how = self.recorded if self.keys is None else self.drawn
         return how(z.flatten(0, 1), plan, guidance).view(*plan.predicted.shape, -1)
 
+    @property
+    def ode(self) -> bool:
+        """Whether the head's steps draw no noise."""
+        return self.task.solver in ODE_ORDERS
+
+    def begun(self, start: Tensor) -> Tensor:
+        """From the start noise (N, 16): without noise of steps, it is what the temperature scales."""
+        return start * self.task.temperature if self.ode and self.task.temperature != 1.0 else start
+
     def recorded(self, z: Tensor, plan: Round, guidance: float) -> Tensor:
         """With all noise in memory beforehand; z (R N, D), returns (B N, 16)."""
         channels, table = self.model.config.head.channels, self.table(plan)
         steps = len(table.steps)
         pairs = list(zip(self.noises, plan.predicted, strict=True))
-        start = torch.cat([noise.head_start(plan.index, at, channels) for noise, at in pairs])
-        noise = torch.cat([noise.head_steps(plan.index, at, channels, steps) for noise, at in pairs], dim=1)
+        start = self.begun(torch.cat([noise.head_start(plan.index, at, channels) for noise, at in pairs]))
+        noise = None
+        if not self.ode:
+            noise = torch.cat([noise.head_steps(plan.index, at, channels, steps) for noise, at in pairs], dim=1)
         return self.model.head.sample(z, start, noise, table.steps, table.embedded, guidance, self.task.temperature)
 
     def drawn(self, z: Tensor, plan: Round, guidance: float) -> Tensor:
         """The same with noise that kernels draw where they use it."""
         key, position = self.keys.repeat_interleave(plan.predicted.shape[1], dim=0), plan.predicted.flatten()
-        start = token_noise(key, position, Stream.HEAD_START, 1, self.model.config.head.channels)[0]
+        start = self.begun(token_noise(key, position, Stream.HEAD_START, 1, self.model.config.head.channels)[0])
         table = self.table(plan)
         table.coefficients[:, GUIDANCE].fill_(guidance)
-        drawn = Drawn(key, position, Stream.HEAD_STEP)
+        drawn = None if self.ode else Drawn(key, position, Stream.HEAD_STEP)
         once = table.coefficients, table.embedded, self.final
         return self.model.head.sample_drawn(z, start, drawn, *once, self.model.graphs)
