@@ -61,6 +61,7 @@ def gen(
     order: o.Reveal = None,
     cfg_interval: o.Interval = None,
     solver: o.Solver = None,
+    cfg_cache: o.Cache = None,
     batch_size: o.Batch = None,
     model: o.Model = None,
     device: o.Device = "auto",
@@ -83,7 +84,7 @@ def gen(
     terminal = _terminal(ctx, as_json, quiet)
     old = a.repeated_settings(from_png, other_model=model is not None) if from_png else {}
     new = a.given(seed=seed, steps=steps, guidance=guidance, cfg_schedule=cfg_schedule, temperature=temperature)
-    new |= a.shortcuts(head_steps, order, cfg_interval, solver)
+    new |= a.shortcuts(head_steps, order, cfg_interval, solver, cfg_cache)
     asked = old | new | a.given(negative=negative, model=model, dtype=dtype, quant=quant, exact_rope=exact_rope)
     prompts = a.read_prompts(prompt, prompt_file, instead=old.get("prompt"))
     shape = a.wanted_size(res, size) or old.get("size")
@@ -121,6 +122,7 @@ def edit(
     order: o.Reveal = None,
     cfg_interval: o.Interval = None,
     solver: o.Solver = None,
+    cfg_cache: o.Cache = None,
     batch_size: o.Batch = None,
     model: o.Model = None,
     device: o.Device = "auto",
@@ -144,7 +146,7 @@ def edit(
 
     terminal = _terminal(ctx, as_json, quiet)
     asked = a.given(seed=seed, steps=steps, guidance=guidance, cfg_schedule=cfg_schedule, temperature=temperature)
-    asked |= a.shortcuts(head_steps, order, cfg_interval, solver)
+    asked |= a.shortcuts(head_steps, order, cfg_interval, solver, cfg_cache)
     asked |= a.given(negative=negative, model=model, dtype=dtype, quant=quant, exact_rope=exact_rope)
     picture, prompts = a.read_picture(image), a.read_prompts(prompt, prompt_file)
     where = a.given(
@@ -225,6 +227,7 @@ def plan(
     order: o.Reveal = None,
     cfg_interval: o.Interval = None,
     solver: o.Solver = None,
+    cfg_cache: o.Cache = None,
     n: o.N = 1,
     model: o.Model = None,
     dtype: o.Dtype = None,
@@ -252,7 +255,7 @@ def plan(
         "attention": attn,
         "gpu": gpu,
         "vram": vram,
-        "shortcuts": a.shortcuts(head_steps, order, cfg_interval, solver),
+        "shortcuts": a.shortcuts(head_steps, order, cfg_interval, solver, cfg_cache),
     }
     asked = ask_for(model or "unipic", task, res=res, steps=steps, images=n, **how, say=terminal.say)
     terminal.data |= told(asked)

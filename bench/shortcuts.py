@@ -33,6 +33,8 @@ WAYS: dict[str, dict[str, Any]] = {  # "steps" as a share of the model's rounds
     "head steps 10:10, dpm2": {"head_steps": (10, 10), "solver": "dpm2"},
     "guidance 0:0.6": {"cfg_interval": (0.0, 0.6)},
     "guidance 0.2:1": {"cfg_interval": (0.2, 1.0)},
+    "guidance kept to 1.5": {"cfg_cache": 1.5},
+    "guidance kept to 2": {"cfg_cache": 2.0},
     "gtr": {"order": "gtr"},
     "gtr, 50:20, guidance 0:0.6": {"order": "gtr", "head_steps": (50, 20), "cfg_interval": (0.0, 0.6)},
     "half the rounds": {"steps": 0.5},

@@ -115,14 +115,14 @@ def repeated_settings(png: str, other_model: bool) -> dict[str, Any]:
 
 
 def shortcuts(
-    head_steps: str | None, order: str | None, cfg_interval: str | None, solver: str | None
+    head_steps: str | None, order: str | None, cfg_interval: str | None, solver: str | None, cfg_cache: float | None
 ) -> dict[str, Any]:
     """What the speed options say, as `Sampling` has it."""
     pairs = given(
         head_steps=head_steps and _pair("--head-steps", head_steps, int, "50:5"),
         cfg_interval=cfg_interval and _pair("--cfg-interval", cfg_interval, float, "0:0.6"),
     )
-    return pairs | given(order=order, solver=solver)
+    return pairs | given(order=order, solver=solver, cfg_cache=cfg_cache)
 
 
 def _pair(name: str, text: str, number: type, example: str) -> tuple[Any, Any]:

@@ -61,7 +61,7 @@ class Forecast:
             "cells": None if task.cells is None else int(task.cells.sum()),
             "steps": task.steps,
             "guided": task.guidance != 1.0,
-            "shortcuts": [task.head_steps, task.order, task.cfg_interval, task.solver],
+            "shortcuts": [task.head_steps, task.order, task.cfg_interval, task.solver, task.cfg_cache],
             "negative": task.negative is not None,
             "images": images,
             "prompts": len(longest),  # each has a copy of what they share

@@ -53,6 +53,9 @@ Reveal = _option(str | None, "--order", metavar="NAME", help="Of revealing token
 Interval = _option(
     str | None, "--cfg-interval", metavar="A:B", help="Shares of the run between which guidance is on: 0:0.6."
 )
+Cache = _option(
+    float | None, "--cfg-cache", metavar="X", help="Keep what guidance adds until X times as much is known: 2."
+)
 Solver = _option(
     str | None, "--solver", metavar="NAME", help="Of the diffusion head: ddpm, or ddim or dpm2, noiseless."
 )

@@ -109,6 +109,7 @@ def _task(kind: str, width: int, height: int, sampling: Sampling, defaults: Defa
         order=sampling.order,
         cfg_interval=sampling.cfg_interval,
         solver=sampling.solver,
+        cfg_cache=sampling.cfg_cache,
         **source,
     )
 

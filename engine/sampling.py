@@ -12,7 +12,7 @@ MAX_IMAGES = 1024  # of one call: prompts x n
 CFG_SCHEDULES = ("constant", "linear")
 ORDERS = ("random", "gtr")  # of revealing tokens, of which a model has some
 SOLVERS = ("ddpm", "ddim", "dpm2")  # of the diffusion head; only the first draws noise in its steps
-SHORTCUTS = ("head_steps", "order", "cfg_interval", "solver")  # what makes a picture cheaper, and worse
+SHORTCUTS = ("head_steps", "order", "cfg_interval", "solver", "cfg_cache")  # what makes a picture cheaper, and worse
 SAMPLED = ("steps", "guidance", "cfg_schedule", "temperature", "negative", *SHORTCUTS)
 WHOLE_RUN = (0.0, 1.0)
 
@@ -32,6 +32,7 @@ class Sampling:
     order: str = "random"  # in which tokens are revealed, of ORDERS
     cfg_interval: tuple[float, float] = WHOLE_RUN  # shares of the run between which guidance is on
     solver: str = "ddpm"  # of the head's denoising, of SOLVERS
+    cfg_cache: float = 1.0  # the growth of the known tokens up to which what guidance is about is kept; 1 keeps nothing
     batch_size: int | None = None  # images computed together; None: one on the CPU, up to four on a GPU
     preview_every: int = 0  # rounds between previews, 0 for none
 
@@ -45,6 +46,7 @@ class Sampling:
             check_whole("batch_size", self.batch_size, 1, MAX_IMAGES)
         if self.guidance is not None:
             check_number("guidance", self.guidance, 0.0, 1000.0)
+        check_number("cfg_cache", self.cfg_cache, 1.0, 1000.0)
         check_number("temperature", self.temperature, 0.0, 100.0)
         check_one_of("cfg_schedule", self.cfg_schedule, CFG_SCHEDULES)
         check_one_of("order", self.order, ORDERS)
@@ -83,6 +85,7 @@ class SamplingOptions(TypedDict, total=False):
     order: str
     cfg_interval: tuple[float, float]
     solver: str
+    cfg_cache: float
     batch_size: int | None
     preview_every: int
 

@@ -49,6 +49,11 @@ class Round:
         """Share of the rounds that are behind it."""
         return self.index / self.of
 
+    @property
+    def masked(self) -> Tensor:
+        """(B, n - V) not known when the round starts, ascending; no host synchronisation."""
+        return self.source.argsort(dim=1, stable=True)[:, : self.source.shape[1] - self.visible.shape[1]]
+
 
 @dataclass(frozen=True)
 class Rounds:

@@ -32,7 +32,8 @@ class Task:
     head_steps: tuple[int, int] | None = None  # this and the next two as in request.Sampling
     order: str = "random"
     cfg_interval: tuple[float, float] = WHOLE_RUN
-    solver: str = "ddpm"  # of sampling.SOLVERS
+    solver: str = "ddpm"  # this and the next, too
+    cfg_cache: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class Sampling(TypedDict, total=False):
     order: str
     cfg_interval: tuple[float, float]
     solver: str
+    cfg_cache: float
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,18 @@ def test_gen_names_pictures_after_prompt_and_seed_and_never_replaces_one(run, mo
 
 def test_from_repeats_a_picture_and_options_on_the_line_win(run, model):
     options = ("--size", "144x112", "--steps", "3", "--seed", "5", "--cfg", "2", "--cfg-schedule", "linear")
-    options += ("--head-steps", "3:2", "--order", "gtr", "--cfg-interval", "0:0.5", "--solver", "dpm2")
+    options += (
+        "--head-steps",
+        "3:2",
+        "--order",
+        "gtr",
+        "--cfg-interval",
+        "0:0.5",
+        "--solver",
+        "dpm2",
+        "--cfg-cache",
+        "2",
+    )
     assert run("gen", "x", "-m", model, *options, "--negative", "blur", "-o", "a.png", "--dtype", "fp32")[0] == 0
     assert run("gen", "--from", "a.png", "-m", model, "-o", "b.png")[0] == 0
     assert np.array_equal(pixels("a.png"), pixels("b.png"))

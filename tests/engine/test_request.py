@@ -43,6 +43,7 @@ def test_sizes(size: tuple[Any, Any], message: str) -> None:
         {"cfg_schedule": "cosine"},
         {"order": "raster"},
         {"solver": "heun"},
+        {"cfg_cache": 0.9},
         {"head_steps": (50, 1)},
         {"head_steps": (50,)},
         {"head_steps": 50},

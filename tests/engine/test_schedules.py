@@ -49,6 +49,13 @@ def test_every_token_is_revealed_once_and_known_ones_never(masked: int, steps: i
         assert known == set(range(48))
 
 
+def test_what_is_masked_is_all_that_is_not_known() -> None:
+    plan = reveal_rounds(torch.tensor([[3, 1, 2, 0], [0, 4, 1, 3]]), 1, 5, 3)
+    for step in plan.rounds:
+        for visible, masked in zip(step.visible.tolist(), step.masked.tolist(), strict=True):
+            assert masked == [place for place in range(5) if place not in visible]
+
+
 def test_tokens_are_revealed_from_the_end_of_the_order() -> None:
     plan = reveal_rounds(torch.tensor([[3, 1, 2, 0]]), 2, 2, 2)
     assert [step.predicted.tolist() for step in plan.rounds] == [[[0, 2]], [[1, 3]]]

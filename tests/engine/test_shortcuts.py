@@ -82,6 +82,25 @@ def test_an_interval_may_begin_late(family, model, tokens):
     assert not torch.allclose(none[2], late[2], atol=1e-3)
 
 
+def test_what_guidance_adds_is_kept_until_more_is_known(family, model, tokens):
+    """Rounds know 0, 2, 5 and 10 tokens, of which the last is not 2.2 times as much as was known before."""
+    task, whole = replace(TASK, cfg_cache=2.2), replace(TASK, cfg_cache=1.0)
+    conditions, schedule = family.condition(model, tokens, task, BATCH), family.schedule(model.config, task, BATCH)
+    assert [plan.visible.shape[1] for plan in schedule.rounds] == [0, 2, 5, 10]
+    kept, exact = (Sampler(model, conditions.rows, None, t, BATCH.noises) for t in (task, whole))
+    known = torch.randn(family.latents(model.config, 2, 4, 4), generator=torch.Generator().manual_seed(0))
+    for plan in schedule.rounds[:3]:
+        torch.testing.assert_close(kept.understand(known, plan), exact.understand(known, plan), atol=1e-5, rtol=1e-5)
+    third, last = schedule.rounds[2:]
+    cond, uncond = exact.conditions(known, third, last.predicted, guided=True).chunk(2)
+    then = uncond - cond  # as the third round had it, of tokens that the fourth predicts
+    cond, uncond = exact.understand(known, last).chunk(2)
+    found, guided = kept.understand(known, last).chunk(2)
+    torch.testing.assert_close(found, cond, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(guided, cond + then, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(guided, uncond, atol=1e-3)
+
+
 def test_all_steps_of_the_head_from_an_earlier_start_are_its_own_steps(family, model, tokens, monkeypatch):
     """As many steps in every round as the model takes by itself differ only by where they begin."""
     own = rounds(family, model, tokens, TASK)
@@ -124,12 +143,12 @@ def test_without_noise_in_its_steps_a_solver_is_heated_at_the_start(family, mode
     assert not torch.allclose(made[hot][0], made[hot][1], atol=1e-2)
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "dpm2"])
-def test_kernels_make_the_same_picture(family, model, tokens, solver):
+@pytest.mark.parametrize("how", [{"cfg_interval": (0.0, 0.5)}, {"solver": "dpm2", "cfg_cache": 9.0}])
+def test_kernels_make_the_same_picture(family, model, tokens, how):
     """Few rounds: the interpreter is slow. Of four steps of the second order one is."""
     pytest.importorskip("triton")
     batch = Batch(BATCH.prompts[:1], BATCH.noises[:1])
-    task = replace(TASK, rows=2, columns=2, steps=2, head_steps=(4, 2), cfg_interval=(0.0, 0.5), solver=solver)
+    task = replace(TASK, rows=2, columns=2, steps=2, head_steps=(4, 2), **how)
 
     def last():
         schedule = family.schedule(model.config, task, batch)
@@ -151,3 +170,4 @@ def test_the_plan_knows_what_is_saved(family, config, tokens):
     whole = flop()
     assert 0.5 * whole < flop(cfg_interval=(0.0, 0.5)) < 0.9 * whole
     assert flop(head_steps=(6, 3)) < whole
+    assert flop(cfg_interval=(0.0, 0.5)) < flop(cfg_cache=100.0) < whole

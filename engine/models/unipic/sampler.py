@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ....kernels._op import launches
 from ....kernels.ddpm_step import GUIDANCE, DDPMStep, Drawn, step_table
+from ....kernels.mar_tokens import select_tokens
 from ....kernels.philox import token_noise
 from ...kv_cache import KVCache, Prompts
 from ...noise import Noise, Stream
@@ -31,6 +32,14 @@ class Table:
     coefficients: Tensor | None
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What guidance was about when so many tokens were known: z without the prompt less z with it, (B, n, D)."""
+
+    difference: Tensor  # of the positions that were masked then
+    known: int
+
+
 class Sampler:
     """On a CPU the noise of all steps is made in one pass, faster there; recorded noise is in memory anyway."""
 
@@ -47,6 +56,7 @@ class Sampler:
         """
         self.model, self.task, self.noises = model, task, noises
         self.tables: dict[int | None, Table] = {}
+        self.kept: Kept | None = None
         self.keys: Tensor | None = None  # (B, 2) int64 of the images' seeds, where kernels draw the noise
         like = model.head.input_proj.weight
         if launches(like) and all(noise.key for noise in noises):
@@ -65,24 +75,40 @@ class Sampler:
 
     def reveal(self, tokens: Tensor, plan: Round) -> Tensor:
         """tokens (B, n, 16) with one more round's tokens filled in."""
-        z = self.understand(tokens, plan)  # of the conditional rows alone where guidance is off
+        z = self.understand(tokens, plan)
         sampled = self.denoise(z, plan).to(tokens.dtype)
         return tokens.scatter(1, plan.predicted[..., None].expand_as(sampled), sampled)
 
     def understand(self, tokens: Tensor, plan: Round) -> Tensor:
-        """Conditions z (R, N, D) of the tokens to predict."""
-        fixed, prompts, guided = self.fixed, self.prompts, self.guided(plan)
+        """Conditions z (R, N, D) of the tokens to predict: without guidance, of the conditional rows alone."""
+        guided, growth = self.guided(plan), self.task.cfg_cache
+        if not guided or growth == 1.0:
+            return self.conditions(tokens, plan, plan.predicted, guided)
+        known = plan.visible.shape[1]
+        if self.kept is not None and known < growth * self.kept.known:
+            z = self.conditions(tokens, plan, plan.predicted, guided=False)
+            return torch.cat([z, z + select_tokens(self.kept.difference, plan.predicted)])
+        masked = plan.masked
+        z = self.conditions(tokens, plan, masked, guided=True)
+        index = masked.repeat(2, 1)[..., None].expand_as(z)
+        z = z.new_zeros(len(z), plan.source.shape[1], z.shape[2]).scatter(1, index, z)  # (2B, n, D)
+        self.kept = Kept(z[len(tokens) :] - z[: len(tokens)], known)
+        return select_tokens(z, plan.predicted)
+
+    def conditions(self, tokens: Tensor, plan: Round, of: Tensor, guided: bool) -> Tensor:
+        """Of masked positions `of` (B, N), in both guidance halves or in the conditional one."""
+        fixed, prompts = self.fixed, self.prompts
         if not guided:
             prompts = prompts.first(len(tokens))
             fixed = (*fixed[:-2], fixed[-2][: len(tokens)], fixed[-1])
-        given = (tokens, plan.visible, plan.predicted, plan.source, *fixed)
+        given = (tokens, plan.visible, of, plan.source, *fixed)
         if not self.model.llm.attend.ours:  # other backends take the prompts' lengths from the host
             return self.model.understand(*given[:-4], prompts)
-        key = (*self.shape, guided, plan.visible.shape[1], plan.predicted.shape[1])
+        key = (*self.shape, guided, plan.visible.shape[1], of.shape[1])
         return self.model.graphs.run("round", key, self.model.understand_tensors, given)
 
     def guided(self, plan: Round) -> bool:
-        """Whether a round has unconditional rows."""
+        """Whether guidance is on in a round."""
         first, end = self.task.cfg_interval
         return self.task.guidance != 1.0 and first <= plan.begun < end
 
