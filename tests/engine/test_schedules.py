@@ -1,6 +1,7 @@
 """The reveal plan covers every token once; counts, noise tables and noise levels agree with the recorded ones."""
 
 import json
+import math
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -219,6 +220,51 @@ def test_solvers_come_to_what_the_equation_says() -> None:
     first, second = ([error(steps, order) for steps in (20, 40, 80)] for order in (1, 2))
     assert second[0] < 0.6 * first[0]
     assert all(1.6 < a / b < 2.4 for a, b in pairwise(first)) and all(a / b > 3 for a, b in pairwise(second))
+
+
+def mixture_x0(x: torch.Tensor, a: float) -> torch.Tensor:
+    """The mean of the data (N, 1) that x may have come from, of a mixture of three normal distributions."""
+    share, mean, spread = torch.tensor([[0.3, 0.5, 0.2], [-1.5, 0.3, 1.1], [0.15, 0.3, 0.1]], dtype=torch.float64)
+    variance, off = a * spread**2 + 1 - a, x - a**0.5 * mean  # (3), (N, 3)
+    likely = torch.softmax(share.log() - variance.log() / 2 - off**2 / variance / 2, dim=1)
+    return (likely * (mean + a**0.5 * spread**2 / variance * off)).sum(dim=1, keepdim=True)
+
+
+def test_first_order_at_the_end_is_better_than_second() -> None:
+    """Root mean square errors at the end, in 5, 10 and 50 steps, as docs/speed.md has them."""
+    bars = torch.cumprod(1 - cosine_betas(1000, 0.2), dim=0).tolist()
+
+    def eps(x: torch.Tensor, timestep: int) -> torch.Tensor:
+        a = bars[timestep]
+        return (x - a**0.5 * mixture_x0(x, a)) / (1 - a) ** 0.5
+
+    def to_the_end(steps: int) -> list:
+        """The table with a second-order step to timestep 0."""
+        table = ode_table(1000, steps, 0.2, 950, order=2)
+        here, there, back = (
+            math.log(bars[t] / (1 - bars[t])) for t in (step.timestep for step in (*table[1::-1], table[2]))
+        )
+        ahead = (there - here) / (here - back) / 2
+        taken = table[1].c1
+        return [table[0], table[1]._replace(c1=taken * (1 + ahead), c3=-taken * ahead), *table[2:]]
+
+    start = torch.special.ndtri((torch.arange(400, dtype=torch.float64) + 0.5) / 400)[:, None]
+    x, ends = (
+        start,
+        [1 / (1 + math.exp(-2 * L)) for L in torch.linspace(math.log(bars[950] / (1 - bars[950])) / 2, 9, 1500)],
+    )
+    for a, nearer in pairwise(ends):  # DDIM in a great many steps
+        kept = ((1 - nearer) / (1 - a)) ** 0.5
+        x = kept * x + (nearer**0.5 - kept * a**0.5) * mixture_x0(x, a)
+    exact = mixture_x0(x, ends[-1])
+
+    def errors(make) -> list[float]:
+        return [(solved(make(steps), eps, start)[-1] - exact).square().mean().sqrt().item() for steps in (5, 10, 50)]
+
+    ddim, dpm2 = (errors(lambda steps, order=order: ode_table(1000, steps, 0.2, 950, order)) for order in (1, 2))
+    assert ddim == pytest.approx([0.25, 0.14, 0.05], abs=0.02), ddim
+    assert dpm2 == pytest.approx([0.17, 0.06, 0.006], abs=0.006), dpm2
+    assert errors(to_the_end) == pytest.approx([0.55, 0.18, 0.012], abs=0.01)
 
 
 @pytest.fixture(scope="module")
