@@ -61,6 +61,8 @@ def gen(
     head_steps: o.HeadSteps = None,
     order: o.Reveal = None,
     cfg_interval: o.Interval = None,
+    solver: o.Solver = None,
+    cfg_cache: o.Cache = None,
     block_cache: o.BlockCache = None,
     batch_size: o.Batch = None,
     model: o.Model = None,
@@ -84,7 +86,7 @@ def gen(
     terminal = _terminal(ctx, as_json, quiet)
     old = a.repeated_settings(from_png, model is not None, speed is not None) if from_png else {}
     new = a.given(seed=seed, steps=steps, guidance=guidance, cfg_schedule=cfg_schedule, temperature=temperature)
-    new |= a.shortcuts(speed, head_steps, order, cfg_interval, block_cache)
+    new |= a.shortcuts(speed, head_steps, order, cfg_interval, cfg_cache, solver, block_cache)
     asked = old | new | a.given(negative=negative, model=model, dtype=dtype, quant=quant, exact_rope=exact_rope)
     prompts = a.read_prompts(prompt, prompt_file, instead=old.get("prompt"))
     shape = a.wanted_size(res, size) or old.get("size")
@@ -122,6 +124,8 @@ def edit(
     head_steps: o.HeadSteps = None,
     order: o.Reveal = None,
     cfg_interval: o.Interval = None,
+    solver: o.Solver = None,
+    cfg_cache: o.Cache = None,
     block_cache: o.BlockCache = None,
     batch_size: o.Batch = None,
     model: o.Model = None,
@@ -146,7 +150,7 @@ def edit(
 
     terminal = _terminal(ctx, as_json, quiet)
     asked = a.given(seed=seed, steps=steps, guidance=guidance, cfg_schedule=cfg_schedule, temperature=temperature)
-    asked |= a.shortcuts(speed, head_steps, order, cfg_interval, block_cache)
+    asked |= a.shortcuts(speed, head_steps, order, cfg_interval, cfg_cache, solver, block_cache)
     asked |= a.given(negative=negative, model=model, dtype=dtype, quant=quant, exact_rope=exact_rope)
     picture, prompts = a.read_picture(image), a.read_prompts(prompt, prompt_file)
     where = a.given(
@@ -227,6 +231,8 @@ def plan(
     head_steps: o.HeadSteps = None,
     order: o.Reveal = None,
     cfg_interval: o.Interval = None,
+    solver: o.Solver = None,
+    cfg_cache: o.Cache = None,
     block_cache: o.PlanBlockCache = None,
     n: o.N = 1,
     model: o.Model = None,
@@ -255,7 +261,7 @@ def plan(
         "attention": attn,
         "gpu": gpu,
         "vram": vram,
-        "shortcuts": a.shortcuts(speed, head_steps, order, cfg_interval, block_cache),
+        "shortcuts": a.shortcuts(speed, head_steps, order, cfg_interval, cfg_cache, solver, block_cache),
     }
     asked = ask_for(model or "unipic", task, res=res, steps=steps, images=n, **how, say=terminal.say)
     terminal.data |= told(asked)

@@ -37,7 +37,9 @@ Score = dict[str, float]  # "right" and "of" counts, "share", and the interval's
 def main(arguments: list[str] | None = None) -> int:
     root = require_this_checkout(__file__)
     options = parse(arguments)
-    cut = shortcuts(options.speed, options.head_steps, options.order, options.cfg_interval)
+    cut = shortcuts(
+        options.speed, options.head_steps, options.order, options.cfg_interval, options.cfg_cache, options.solver, None
+    )
     baseline = root / "bench" / "baselines" / "quality-quick.json"
     start = time.perf_counter()
     loading = {name: getattr(options, name) for name in ("device", "dtype", "quant", "attention")}
@@ -74,6 +76,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--head-steps", metavar="A:B", help="in the first and in the last round")
     parser.add_argument("--order", help="random or gtr")
     parser.add_argument("--cfg-interval", metavar="A:B", help="shares of the run between which guidance is on")
+    parser.add_argument("--cfg-cache", type=float, metavar="X", help="growth of what is known between guided rounds")
+    parser.add_argument("--solver", help="of the diffusion head: ddpm, ddim or dpm2")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
     parser.add_argument("--quant", choices=["none", "int8", "bnb8", "nf4"], help="by default as it is stored")

@@ -123,14 +123,16 @@ def shortcuts(
     head_steps: str | None,
     order: str | None,
     cfg_interval: str | None,
-    block_cache: float | None = None,
+    cfg_cache: float | None,
+    solver: str | None,
+    block_cache: float | None,
 ) -> dict[str, Any]:
     """What the speed options say, as `Sampling` has it."""
     pairs = given(
         head_steps=head_steps and _pair("--head-steps", head_steps, int, "50:5"),
         cfg_interval=cfg_interval and _pair("--cfg-interval", cfg_interval, float, "0:0.6"),
     )
-    return pairs | given(speed=speed, order=order, block_cache=block_cache)
+    return pairs | given(speed=speed, order=order, cfg_cache=cfg_cache, solver=solver, block_cache=block_cache)
 
 
 def _pair(name: str, text: str, number: type, example: str) -> tuple[Any, Any]:

@@ -62,6 +62,12 @@ BlockCache = _option(
 PlanBlockCache = _option(
     float | None, "--block-cache", metavar="X", help="Planned as if nothing were reused; 1: as if all that may be."
 )
+Cache = _option(
+    float | None, "--cfg-cache", metavar="X", help="Keep what guidance adds until X times as much is known: 2."
+)
+Solver = _option(
+    str | None, "--solver", metavar="NAME", help="Of the diffusion head: ddpm, or ddim or dpm2, noiseless."
+)
 Temperature = _option(float | None, "--temperature", metavar="X", help="Scales the noise of the diffusion head.")
 Negative = _option(str | None, "--negative", metavar="TEXT", help="What to steer away from.")
 Batch = _option(

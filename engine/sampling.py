@@ -11,7 +11,9 @@ MAX_SEED = 2**64 - 1
 MAX_IMAGES = 1024  # of one call: prompts x n
 CFG_SCHEDULES = ("constant", "linear")
 ORDERS = ("random", "gtr")  # of revealing tokens, of which a model has some
-SHORTCUTS = ("head_steps", "order", "cfg_interval", "block_cache")  # what makes a picture cheaper, and worse
+SOLVERS = ("ddpm", "ddim", "dpm2")  # of the diffusion head; only the first draws noise in its steps
+# What makes a picture cheaper, and worse; a model knows some.
+SHORTCUTS = ("head_steps", "order", "cfg_interval", "cfg_cache", "solver", "block_cache")
 SAMPLED = ("steps", "guidance", "cfg_schedule", "temperature", "negative", *SHORTCUTS)
 WHOLE_RUN = (0.0, 1.0)
 SPEEDS = ("exact", "balanced", "fast")  # the latter are sets of shortcuts, each model's own
@@ -26,11 +28,13 @@ class Sampling:
     steps: int | None = None  # rounds
     guidance: float | None = None  # 1.0 turns guidance off
     cfg_schedule: str = "constant"
-    temperature: float = 1.0  # scales the head's per-step noise
+    temperature: float = 1.0  # scales the noise of the head's steps, and its start with a solver that draws none
     negative: str | None = None  # replaces the unconditional prompt
     head_steps: tuple[int, int] | None = None  # the diffusion head's in the first and the last round, linear between
     order: str | None = None  # in which tokens are revealed, of ORDERS; random by default
     cfg_interval: tuple[float, float] | None = None  # shares of the run between which guidance is on
+    cfg_cache: float | None = None  # growth of the known tokens up to which what guidance adds is kept; 1 keeps nothing
+    solver: str | None = None  # of the head's denoising, of SOLVERS; ddpm by default
     block_cache: float | None = None  # relative change of the first block below which the others are not run
     speed: str = "exact"  # of SPEEDS; decides what is not said otherwise
     batch_size: int | None = None  # images computed together; None: one on the CPU, up to four on a GPU
@@ -51,14 +55,19 @@ class Sampling:
         object.__setattr__(self, "temperature", float(self.temperature))
         check_one_of("cfg_schedule", self.cfg_schedule, CFG_SCHEDULES)
         check_one_of("speed", self.speed, SPEEDS)
-        if self.order is not None:
-            check_one_of("order", self.order, ORDERS)
-        if self.block_cache is not None:
-            check_number("block_cache", self.block_cache, 0.0, 1.0)
-        self._check_interval()
-        self._check_head_steps()
+        self._check_shortcuts()
         if self.negative:  # an empty one is a wish, too
             check_text("negative prompt", self.negative)
+
+    def _check_shortcuts(self) -> None:
+        for name, known in (("order", ORDERS), ("solver", SOLVERS)):
+            if (chosen := getattr(self, name)) is not None:
+                check_one_of(name, chosen, known)
+        for name, low, high in (("cfg_cache", 1.0, 1000.0), ("block_cache", 0.0, 1.0)):
+            if (number := getattr(self, name)) is not None:
+                check_number(name, number, low, high)
+        self._check_interval()
+        self._check_head_steps()
 
     def _check_interval(self) -> None:
         """As a tuple, whatever sequence it came as; so are the head's steps."""
@@ -93,6 +102,8 @@ class SamplingOptions(TypedDict, total=False):
     head_steps: tuple[int, int] | None
     order: str | None
     cfg_interval: tuple[float, float] | None
+    cfg_cache: float | None
+    solver: str | None
     block_cache: float | None
     speed: str
     batch_size: int | None

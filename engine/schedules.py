@@ -45,9 +45,9 @@ class Round:
     of: int  # rounds in all
 
     @property
-    def begun(self) -> float:
-        """Share of the rounds that are behind it."""
-        return self.index / self.of
+    def masked(self) -> Tensor:
+        """(B, n - V) not known when the round starts, ascending; no host synchronisation."""
+        return self.source.argsort(dim=1, stable=True)[:, : self.source.shape[1] - self.visible.shape[1]]
 
 
 @dataclass(frozen=True)
@@ -159,19 +159,24 @@ def cosine_betas(train_steps: int, max_beta: float) -> Tensor:
     return torch.tensor([min(1 - alpha_bar(b) / alpha_bar(a), max_beta) for a, b in pairs], dtype=torch.float64)
 
 
+def _respaced(train_steps: int, steps: int, max_beta: float, latest: int | None) -> list[tuple[int, float]]:
+    """(timestep, cumulative alpha) of evenly spaced steps, both ends among them; as `ddpm_table` has `latest`."""
+    alphas_bar = torch.cumprod(1 - cosine_betas(train_steps, max_beta), dim=0).tolist()
+    kept = [round(i * (train_steps - 1) / max(steps - 1, 1)) for i in range(steps)]
+    if latest is not None:
+        kept = list(dict.fromkeys(min(timestep, latest) for timestep in kept))
+    return [(timestep, alphas_bar[timestep]) for timestep in kept]
+
+
 def ddpm_table(train_steps: int, steps: int, max_beta: float, latest: int | None = None) -> list[DDPMStep]:
     """Ancestral sampling coefficients respaced to `steps`, index 0 the last step taken; float64 throughout.
 
     No step is later than the timestep `latest`; those that would be are taken together, as that one.
     """
-    alphas_bar = torch.cumprod(1 - cosine_betas(train_steps, max_beta), dim=0)
-    kept = [round(i * (train_steps - 1) / max(steps - 1, 1)) for i in range(steps)]
-    if latest is not None:
-        kept = list(dict.fromkeys(min(timestep, latest) for timestep in kept))
+    levels = _respaced(train_steps, steps, max_beta, latest)
     table = []
-    for i, timestep in enumerate(kept):
-        a = alphas_bar[timestep].item()
-        a_prev = alphas_bar[kept[i - 1]].item() if i else 1.0
+    for i, (timestep, a) in enumerate(levels):
+        a_prev = levels[i - 1][1] if i else 1.0
         beta = 1 - a / a_prev
         variance = beta * (1 - a_prev) / (1 - a)
         table.append(
@@ -188,6 +193,45 @@ def ddpm_table(train_steps: int, steps: int, max_beta: float, latest: int | None
     if len(table) > 1:  # the first entry has no variance of its own and takes the second's
         table[0] = table[0]._replace(log_beta_tilde=table[1].log_beta_tilde)
     return table
+
+
+def ode_table(
+    train_steps: int, steps: int, max_beta: float, latest: int | None = None, order: int = 1
+) -> list[DDPMStep]:
+    """As `ddpm_table`, of a solver of the ODE: DDIM without noise, or with order 2 DPM-Solver++(2M) on x0.
+
+    With s = sqrt(a), n = sqrt(1 - a), L = log(s / n) and those of the next level marked by ', a step is exact where x0
+    stays as it is, x' = (n' / n) x + (s' - s n' / n) x0. The second order has x0 go on from the one of the step before,
+    x0 + (L' - L) / (L - L_before) / 2 (x0 - x0_before). L grows so much in the two last steps, to timestep 0 and to no
+    noise at all, that they are of first order: going on would be worse than not.
+    """
+    levels, table = _respaced(train_steps, steps, max_beta, latest), []
+    for i, (timestep, a) in enumerate(levels):
+        a_next, ahead = (levels[i - 1][1] if i else 1.0), 0.0
+        signal, noise = math.sqrt(a), math.sqrt(1 - a)
+        kept = math.sqrt(1 - a_next) / noise
+        if order == 2 and 1 < i < len(levels) - 1:
+            here = _log_snr(a)
+            ahead = (_log_snr(a_next) - here) / (here - _log_snr(levels[i + 1][1])) / 2
+        taken = math.sqrt(a_next) - signal * kept
+        table.append(
+            DDPMStep(
+                sqrt_recip=1 / signal,
+                sqrt_recip_m1=noise / signal,
+                c1=taken * (1 + ahead),
+                c2=kept,
+                log_beta=-math.inf,
+                log_beta_tilde=-math.inf,
+                timestep=timestep,
+                c3=-taken * ahead,
+            )
+        )
+    return table
+
+
+def _log_snr(a: float) -> float:
+    """Half of the log of the signal-to-noise ratio at a cumulative alpha."""
+    return math.log(a / (1 - a)) / 2
 
 
 def flow_match_sigmas(steps: int, shift: float) -> Tensor:

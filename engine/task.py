@@ -32,6 +32,8 @@ class Task:
     head_steps: tuple[int, int] | None = None  # this and those below as in sampling.Sampling
     order: str = "random"
     cfg_interval: tuple[float, float] = WHOLE_RUN
+    cfg_cache: float = 1.0
+    solver: str = "ddpm"
     block_cache: float | None = None
 
 

@@ -1,7 +1,7 @@
 """What ends a denoising step of the diffusion head and begins the next: final layer, sampler, first layer.
 
     [eps | v] = (LN(h) (1 + scale)) W^T + offset        LN without weight and bias
-    x  <- a step of kernels/ddpm_step.py, guided, with noise of kernels/philox.py
+    x  <- a step of kernels/ddpm_step.py, guided, with noise of kernels/philox.py or by a solver that needs none
     h0 <- x W_in^T + b_in                               the same for both guidance halves
 
 `offset` is the layer's shift and bias behind W, made ahead of time (`FinalLayer.folded`). A program has 16 rows, with
@@ -25,18 +25,20 @@ ROWS = 16  # of a program
 
 
 def head_step_ref(
-    h, scale, offset, eps, weight, in_weight, in_bias, x, h0, clock, table, key, position, stream, ahead, close
+    h, scale, offset, eps, weight, in_weight, in_bias, x, before, h0, clock, table, key, position, stream, ahead, close
 ) -> None:
     """In the tensors' dtypes, without a host synchronisation. What the operator takes is said at `head_step`."""
     out = linear(F.layer_norm(h, h.shape[-1:], eps=eps) * (1 + scale), weight) + offset
     index, channels = clock[1:] - ahead, x.shape[1]
-    *coefficients, guidance, temperature = table.index_select(0, index)[0].unbind()
-    step = DDPMStep(*coefficients, timestep=0)
+    *coefficients, guidance, temperature, c3 = table.index_select(0, index)[0].unbind()
+    step = DDPMStep(*coefficients, timestep=0, c3=c3)
     cond, uncond = (out, None) if len(out) == len(x) else out.chunk(2)
-    taken = len(table) - 1 - index  # noise is numbered in the order of the steps, coefficients from the end
-    noise = normals(token_words(key, position, taken, stream, channels), x.dtype).flatten(2)[0, :, :channels]
-    last = ddpm_step(x, cond, uncond, None, step, guidance, temperature)
-    x.copy_(torch.where(index > 0, ddpm_step(x, cond, uncond, noise, step, guidance, temperature), last))
+    last = ddpm_step(x, cond, uncond, None, step, guidance, temperature, before)
+    if before is None:
+        taken = len(table) - 1 - index  # noise is numbered in the order of the steps, coefficients from the end
+        noise = normals(token_words(key, position, taken, stream, channels), x.dtype).flatten(2)[0, :, :channels]
+        last = torch.where(index > 0, ddpm_step(x, cond, uncond, noise, step, guidance, temperature), last)
+    x.copy_(last)
     seen = x.to(h.dtype)
     h0.copy_(linear(seen if uncond is None else seen.repeat(2, 1), in_weight, in_bias))
     if close:
@@ -52,10 +54,11 @@ def _head_step_kernel(
     in_weight_ptr,  # (W, C) contiguous
     in_bias_ptr,  # (W)
     x_ptr,  # (N, C) float32 contiguous
+    before_ptr,  # the same, None where noise is drawn
     h0_ptr,  # (M, W) contiguous
     clock_ptr,  # (2) int64
-    table_ptr,  # (T, 8) float32
-    key_ptr,  # (N, 2) int64
+    table_ptr,  # (T, COLUMNS) float32
+    key_ptr,  # (N, 2) int64, with position_ptr None where none is drawn
     position_ptr,  # (N) int64
     h_stride,
     scale_stride,
@@ -71,6 +74,8 @@ def _head_step_kernel(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
     GUIDED: tl.constexpr,
+    DRAWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAT: tl.constexpr,
@@ -91,7 +96,7 @@ def _head_step_kernel(
 
     now = tl.load(clock_ptr + 1)
     index = now - ahead
-    coefficients = table_ptr + index * 8
+    coefficients = table_ptr + index * COLUMNS
     if GUIDED:
         noise_of, bare = _both(noise_of, TOKENS)
         v, _ = _both(v, TOKENS)
@@ -102,15 +107,20 @@ def _head_step_kernel(
     x = tl.load(x_at, mask=there, other=0.0)
     x0 = tl.load(coefficients) * x - tl.load(coefficients + 1) * noise_of
     y = tl.load(coefficients + 2) * x0 + tl.load(coefficients + 3) * x
-    if index > 0:
-        k0 = tl.load(key_ptr + 2 * token, mask=token < tokens, other=0)[:, None]
-        k1 = tl.load(key_ptr + 2 * token + 1, mask=token < tokens, other=0)[:, None]
-        position = tl.load(position_ptr + token, mask=token < tokens, other=0)[:, None]
-        f = (v + 1) / 2
-        log_variance = f * tl.load(coefficients + 4) + (1 - f) * tl.load(coefficients + 5)
-        # Numbered in the order of the steps.
-        noise = normal(k0, k1, position, channel[None, :].to(tl.int64), last - index, stream, C)
-        y += tl.exp(0.5 * log_variance) * noise * tl.load(coefficients + 7)
+    if DRAWS:
+        if index > 0:
+            k0 = tl.load(key_ptr + 2 * token, mask=token < tokens, other=0)[:, None]
+            k1 = tl.load(key_ptr + 2 * token + 1, mask=token < tokens, other=0)[:, None]
+            position = tl.load(position_ptr + token, mask=token < tokens, other=0)[:, None]
+            f = (v + 1) / 2
+            log_variance = f * tl.load(coefficients + 4) + (1 - f) * tl.load(coefficients + 5)
+            # Numbered in the order of the steps.
+            noise = normal(k0, k1, position, channel[None, :].to(tl.int64), last - index, stream, C)
+            y += tl.exp(0.5 * log_variance) * noise * tl.load(coefficients + 7)
+    else:
+        before_at = before_ptr + token[:, None] * C + channel[None, :]
+        y += tl.load(coefficients + 8) * tl.load(before_at, mask=there, other=0.0)
+        tl.store(before_at, x0, mask=there)
     tl.store(x_at, y, mask=there)
 
     seen = y.to(h0_ptr.dtype.element_ty)
@@ -167,7 +177,7 @@ def _both(y, TOKENS: tl.constexpr):
 
 
 def _head_step_triton(
-    h, scale, offset, eps, weight, in_weight, in_bias, x, h0, clock, table, key, position, stream, ahead, close
+    h, scale, offset, eps, weight, in_weight, in_bias, x, before, h0, clock, table, key, position, stream, ahead, close
 ) -> None:
     h, scale, offset = unit_rows(h), unit_rows(scale), unit_rows(offset)
     (tokens, channels), width, guided = x.shape, h.shape[1], len(h) != len(x)
@@ -175,14 +185,17 @@ def _head_step_triton(
     launch(
         _head_step_kernel,
         (triton.cdiv(tokens, ROWS // 2 if guided else ROWS),),
-        *(h, scale, offset, weight.contiguous(), in_weight.contiguous(), in_bias, x, h0, clock, table),
-        *(key.contiguous(), position.contiguous(), h.stride(0), scale.stride(0), offset.stride(0), eps),
+        *(h, scale, offset, weight.contiguous(), in_weight.contiguous(), in_bias, x, before, h0, clock, table),
+        *(key if key is None else key.contiguous(), position if position is None else position.contiguous()),
+        *(h.stride(0), scale.stride(0), offset.stride(0), eps),
         *(len(table) - 1, stream, ahead, close, tokens),
         W=width,
         C=channels,
         BLOCK_C=max(16, triton.next_power_of_2(channels)),
         ROWS=ROWS,
         GUIDED=guided,
+        DRAWS=before is None,
+        COLUMNS=COLUMNS,
         BLOCK_K=block,
         BLOCK_N=block,
         STAT=256,  # 32 values a thread
@@ -192,17 +205,20 @@ def _head_step_triton(
 
 
 def head_step_cost(
-    h, scale, offset, eps, weight, in_weight, in_bias, x, h0, clock, table, key, position, stream, ahead, close
+    h, scale, offset, eps, weight, in_weight, in_bias, x, before, h0, clock, table, key, position, stream, ahead, close
 ) -> Cost:
-    flop = 2 * len(h) * (weight.numel() + in_weight.numel()) + 7 * h.numel() + 120 * x.numel()
-    moved = sum(t.numel() * t.element_size() for t in (h, scale, offset, weight, in_weight, in_bias, x, x, h0, key))
-    return Cost(flop, moved + 8 * len(position) + 4 * COLUMNS + 24)
+    flop = (
+        2 * len(h) * (weight.numel() + in_weight.numel()) + 7 * h.numel() + (120 if before is None else 9) * x.numel()
+    )
+    mine = (key, position) if before is None else (before, before)
+    read = (h, scale, offset, weight, in_weight, in_bias, x, x, h0, *mine)
+    return Cost(flop, sum(t.numel() * t.element_size() for t in read) + 4 * COLUMNS + 24)
 
 
 _head_step = Operator(
     "head_step(Tensor h, Tensor scale, Tensor offset, float eps, Tensor weight, Tensor in_weight, Tensor in_bias, "
-    "Tensor(a!) x, Tensor(b!) h0, Tensor(c!) clock, Tensor table, Tensor key, Tensor position, int stream, int ahead, "
-    "int close) -> ()",
+    "Tensor(a!) x, Tensor(d!)? before, Tensor(b!) h0, Tensor(c!) clock, Tensor table, Tensor? key, Tensor? position, "
+    "int stream, int ahead, int close) -> ()",
     torch=head_step_ref,
     triton=_head_step_triton,
     cost=head_step_cost,
@@ -218,25 +234,38 @@ def head_step(
     in_weight: Tensor,
     in_bias: Tensor,
     x: Tensor,
+    before: Tensor | None,
     h0: Tensor,
     clock: Tensor,
     table: Tensor,
-    drawn: Drawn,
+    drawn: Drawn | None,
     ahead: int,
     close: int,
 ) -> None:
     """The step of index clock[1] - ahead, in place: x (N, C) float32 and h0 (M, W), what the network goes on with.
 
     h and scale (M, W), offset (M, 2C), conditional rows first; weight (2C, W), in_weight (W, C), in_bias (W); table
-    (T, 8) as `step_table` makes it. clock (2) int64 is [index of the next step to begin with, index that was begun
+    (T, 9) as `step_table` makes it. Either noise is `drawn`, or there is `before` (N, C) float32, in place, of an ODE's
+    solver. clock (2) int64 is [index of the next step to begin with, index that was begun
     with]; the last of several steps closes all of them at once: close is their number, else 0. The step of index i
     draws the noise of step T - 1 - i, that of index 0 none.
     """
-    _head_step(h, scale, offset, eps, weight, in_weight, in_bias, x, h0, clock, table, *drawn, ahead, close)
+    key, position, stream = drawn or (None, None, 0)
+    given = h, scale, offset, eps, weight, in_weight, in_bias, x, before, h0, clock, table
+    _head_step(*given, key, position, stream, ahead, close)
 
 
 def head_step_cases() -> list[Case]:
-    def make(tokens: int, width: int, guided: bool, index: int, ahead: int, dtype=torch.bfloat16, channels: int = 16):
+    def make(
+        tokens: int,
+        width: int,
+        guided: bool,
+        index: int,
+        ahead: int,
+        dtype=torch.bfloat16,
+        channels: int = 16,
+        draws: bool = True,
+    ):
         def arguments(device):
             noise = torch.Generator().manual_seed(index)
 
@@ -246,13 +275,15 @@ def head_step_cases() -> list[Case]:
             rows = tokens * (2 if guided else 1)
             made = random(rows, width + 2 * channels)  # of one product
             weight, in_weight = random(2 * channels, width) * width**-0.5, random(width, channels)
-            table = torch.rand(6, COLUMNS, generator=noise) - torch.tensor([0, 0, 0, 0, 3, 4, 0, 0])
+            table = torch.rand(6, COLUMNS, generator=noise) - torch.tensor([0, 0, 0, 0, 3, 4, 0, 0, 0])
             key = torch.randint(2**32, (tokens, 2), generator=noise).to(device)
             position = torch.randperm(4096, generator=noise)[:tokens].to(device)
             clock, x = torch.tensor([7, index + ahead]).to(device), random(tokens, channels, kind=torch.float32)
             h, in_bias, h0 = random(rows, width), random(width), torch.zeros(rows, width).to(device, dtype)
-            given = h, made[:, :width], made[:, width:], 1e-6, weight, in_weight, in_bias, x, h0
-            return *given, clock, table.to(device), key, position, 2, ahead, ahead + 1 if ahead else 0
+            before = None if draws else random(tokens, channels, kind=torch.float32)
+            given = h, made[:, :width], made[:, width:], 1e-6, weight, in_weight, in_bias, x, before, h0
+            drawn = (key, position, 2) if draws else (None, None, 0)
+            return *given, clock, table.to(device), *drawn, ahead, ahead + 1 if ahead else 0
 
         return arguments
 
@@ -261,7 +292,11 @@ def head_step_cases() -> list[Case]:
         Case("400 tokens with guidance", make(400, 1536, True, 4, 0), "aot gpu"),
         Case("400 tokens without, float32", make(400, 1536, False, 4, 0, single), "aot gpu"),
         Case("10 tokens with guidance, float32", make(10, 1536, True, 4, 0, single), "aot gpu"),
+        Case("400 tokens with guidance, of an ODE", make(400, 1536, True, 4, 0, draws=False), "aot gpu"),
+        Case("400 tokens without, float32, of an ODE", make(400, 1536, False, 4, 0, single, draws=False), "aot gpu"),
         Case("with guidance, two programs", make(11, 160, True, 4, 0)),
+        Case("with guidance, two programs, of an ODE", make(11, 48, True, 4, 0, draws=False)),
+        Case("without guidance, float32, odd widths, of an ODE", make(19, 37, False, 0, 0, single, 6, draws=False)),
         Case("closing a chunk", make(11, 48, True, 2, 3)),
         Case("the last step draws nothing", make(5, 32, True, 0, 1)),
         Case("without guidance, float32, odd widths", make(19, 37, False, 3, 0, single, channels=6)),

@@ -29,6 +29,8 @@ class Sampling(TypedDict, total=False):
     head_steps: tuple[int, int] | None
     order: str | None
     cfg_interval: tuple[float, float] | None
+    cfg_cache: float | None
+    solver: str | None
     speed: str
 
 

@@ -88,7 +88,18 @@ def test_gen_names_pictures_after_prompt_and_seed_and_never_replaces_one(run, mo
 
 def test_from_repeats_a_picture_and_options_on_the_line_win(run, model):
     options = ("--size", "144x112", "--steps", "3", "--seed", "5", "--cfg", "2", "--cfg-schedule", "linear")
-    options += ("--head-steps", "3:2", "--order", "gtr", "--cfg-interval", "0:0.5")
+    options += (
+        "--head-steps",
+        "3:2",
+        "--order",
+        "gtr",
+        "--cfg-interval",
+        "0:0.5",
+        "--solver",
+        "dpm2",
+        "--cfg-cache",
+        "2",
+    )
     assert run("gen", "x", "-m", model, *options, "--negative", "blur", "-o", "a.png", "--dtype", "fp32")[0] == 0
     assert run("gen", "--from", "a.png", "-m", model, "-o", "b.png")[0] == 0
     assert np.array_equal(pixels("a.png"), pixels("b.png"))
@@ -128,6 +139,7 @@ def test_from_repeats_a_picture_of_the_other_family_with_its_shortcuts(run, tiny
         (("--speed", "ludicrous"), "speed 'ludicrous' is unknown: choose from exact, balanced, fast"),
         (("--head-steps", "50"), "--head-steps '50' is not A:B: write for example 50:5"),
         (("--cfg-interval", "1:0"), "cfg_interval 1 to 0 is empty"),
+        (("--solver", "heun"), "solver 'heun' is unknown: choose from ddpm, ddim, dpm2"),
         (("--order", "raster"), "order 'raster' is unknown: choose from random, gtr"),
         (("--block-cache", "2"), "block_cache 2.0 is not a number from 0 to 1"),
         (("--block-cache", "0.1"), "block_cache 0.1 has no meaning for this model"),

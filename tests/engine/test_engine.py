@@ -60,6 +60,7 @@ def test_options_change_the_picture(tiny_engine: Engine) -> None:
 
     variants = [{}, {"guidance": 1.0}, {"cfg_schedule": "linear"}, {"temperature": 0.5}, {"negative": "blur"}]
     variants += [{"order": "gtr"}, {"head_steps": (4, 2)}, {"cfg_interval": (0.0, 0.5)}, {"steps": 5}]
+    variants += [{"solver": "ddim"}, {"solver": "dpm2"}, {"cfg_cache": 9.0}]
     assert len({picture(**options) for options in variants}) == len(variants)
 
 

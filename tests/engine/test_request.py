@@ -42,6 +42,8 @@ def test_sizes(size: tuple[Any, Any], message: str) -> None:
         {"temperature": -0.1},
         {"cfg_schedule": "cosine"},
         {"order": "raster"},
+        {"solver": "heun"},
+        {"cfg_cache": 0.9},
         {"head_steps": (50, 1)},
         {"head_steps": (50,)},
         {"head_steps": 50},

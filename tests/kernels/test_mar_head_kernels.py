@@ -11,7 +11,7 @@ from unipic_run.engine.meter import Meter
 from unipic_run.engine.models.unipic.config import RELEASED, HeadConfig
 from unipic_run.engine.models.unipic.head import CHUNK, FEW, DiffusionHead
 from unipic_run.engine.noise import PhiloxNoise, Stream
-from unipic_run.engine.schedules import ddpm_table
+from unipic_run.engine.schedules import ddpm_table, ode_table
 from unipic_run.kernels import _device
 from unipic_run.kernels._op import HAS_TRITON, interpreted, launch, recording, tl, triton
 from unipic_run.kernels.ddpm_step import Drawn, step_table
@@ -81,20 +81,22 @@ def test_noise_of_several_images_is_that_of_each() -> None:
 
 
 class Denoised:
-    """A small head with random weights, and the same run in every way there is."""
+    """A small head with random weights, and the same run in every way there is; of an order, by an ODE's solver."""
 
-    def __init__(self, guided: bool = True) -> None:
+    def __init__(self, guided: bool = True, order: int | None = None) -> None:
         noise = torch.Generator().manual_seed(1)
         self.head = DiffusionHead(HEAD).requires_grad_(False)
         for parameter in self.head.parameters():
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=noise))
         self.table = ddpm_table(HEAD.train_steps, HEAD.steps, HEAD.max_beta)
+        if order:
+            self.table = ode_table(HEAD.train_steps, 2 * HEAD.steps, HEAD.max_beta, order=order)
         self.embedded = self.head.embed_steps(self.table)
         self.positions, seed = torch.tensor([9, 2, 5]), 7
         self.z = torch.randn(6 if guided else 3, HEAD.condition, generator=noise)
         self.start = PhiloxNoise(seed).head_start(0, self.positions, HEAD.channels)
-        self.noise = PhiloxNoise(seed).head_steps(0, self.positions, HEAD.channels, HEAD.steps)
-        self.drawn = Drawn(seeds(seed).expand(3, 2), self.positions, Stream.HEAD_STEP)
+        self.noise = None if order else PhiloxNoise(seed).head_steps(0, self.positions, HEAD.channels, HEAD.steps)
+        self.drawn = None if order else Drawn(seeds(seed).expand(3, 2), self.positions, Stream.HEAD_STEP)
 
     def recorded(self, chunk: int = 1) -> torch.Tensor:
         return self.head.sample(self.z, self.start, self.noise, self.table, self.embedded, *SCALES, chunk)
@@ -102,10 +104,11 @@ class Denoised:
     def replayed(self, chunks: list[int]) -> torch.Tensor:
         once = step_table(self.table, *SCALES), self.embedded, self.head.final.folded()
         run = self.head.begin(self.z, self.start, self.drawn, *once)
-        at = [x.data_ptr() for x in (run.x, run.h, run.clock)]
+        changed = [x for x in (run.x, run.before, run.h, run.clock) if x is not None]
+        at = [x.data_ptr() for x in changed]
         for steps in chunks:
             self.head.advance(run, steps)
-        assert run.clock[0] == -1 and at == [x.data_ptr() for x in (run.x, run.h, run.clock)]
+        assert run.clock[0] == -1 and at == [x.data_ptr() for x in changed]
         again = self.head.input_proj(run.x).repeat(len(self.z) // len(run.x), 1)
         torch.testing.assert_close(run.h, again, atol=1e-5, rtol=1e-5)
         return run.x
@@ -115,6 +118,16 @@ class Denoised:
 def test_drawing_noise_step_by_step_changes_nothing(guided: bool) -> None:
     case = Denoised(guided)
     assert torch.equal(case.replayed([1] * HEAD.steps), case.recorded())
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_solvers_without_noise_step_by_step_are_the_same(guided: bool) -> None:
+    first, second = Denoised(guided, order=1), Denoised(guided, order=2)
+    for case in (first, second):
+        assert torch.equal(case.replayed([1] * 6), case.recorded())
+        torch.testing.assert_close(case.recorded(chunk=4), case.recorded(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(case.replayed([3, 3]), case.recorded(), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(first.recorded(), second.recorded(), atol=1e-3)
 
 
 def test_modulations_of_several_steps_at_once_are_the_same() -> None:
@@ -135,6 +148,15 @@ def test_a_run_by_kernels_is_the_run() -> None:
     names = [x.kernel.__name__ for x in launches]
     assert names.count("_head_step_kernel") == HEAD.steps and names.count("_condition_kernel") == 2
     assert names.count("_modulated_linear_kernel") == names.count("_gated_linear_kernel") == HEAD.steps
+
+
+@needs_the_interpreter
+def test_a_run_of_second_order_by_kernels_takes_no_more_launches() -> None:
+    case = Denoised(order=2)
+    with interpreted(), recording() as launches, torch.inference_mode():
+        got = case.replayed([3, 3])
+    torch.testing.assert_close(got, case.recorded(), atol=1e-5, rtol=1e-5)
+    assert len(launches) == 2 + 6 * (2 * HEAD.depth + 1)  # conditions of both chunks; blocks and ends of six steps
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -73,12 +73,13 @@ class Denoising:
     """N tokens on their way, all in device memory and changed in place: a captured chunk of steps can be replayed."""
 
     x: Tensor  # (N, C) float32, the state
+    before: Tensor | None  # the same, what a solver of the ODE keeps; None where noise is drawn
     h: Tensor  # (M, W) = input_proj of it; M = N, or 2N with guidance
     clock: Tensor  # (2) int64, as kernels/head_step.py has it
     c: Tensor  # (M, W) = cond_embed(z)
     final: Product  # `FinalLayer.folded`
-    drawn: Drawn
-    table: Tensor  # (T, 8), of `step_table`
+    drawn: Drawn | None
+    table: Tensor  # (T, 9), of `step_table`
     embedded: Tensor  # (T, W), of `embed_steps`
 
 
@@ -137,7 +138,7 @@ class DiffusionHead(nn.Module):
         self,
         z: Tensor,
         start: Tensor,
-        noise: Tensor,
+        noise: Tensor | None,
         table: Sequence[DDPMStep],
         embedded: Tensor,
         guidance: float,
@@ -147,12 +148,14 @@ class DiffusionHead(nn.Module):
         """Denoise N tokens; returns (N, C) float32.
 
         z (N, D), or (2N, D) with guidance; start (N, C) and noise (steps, N, C) float32; embedded = embed_steps(table).
+        Without noise the table is that of a solver of the ODE.
         Only the conditional state exists: the original's unconditional twin is never read. The modulations of `chunk`
         timesteps, by default of as many as fit CHUNK_BYTES, are made at once: the same values, fewer larger products.
         """
         guided = z.shape[0] != start.shape[0]
         c, final = self.cond_embed(z), self.final.folded()
         x, chunk = start, chunk or self.most_steps(len(z))
+        before = torch.zeros_like(start) if noise is None else None
         for end in range(len(table), 0, -chunk):
             taken = range(max(0, end - chunk), end)
             y = F.silu(embedded[taken.start : end].flip(0)[:, None] + c)  # (steps, N or 2N, W)
@@ -160,14 +163,21 @@ class DiffusionHead(nn.Module):
                 seen = x.to(c.dtype)
                 out = self.network(seen.repeat(2, 1) if guided else seen, modulations)
                 cond, uncond = out.chunk(2) if guided else (out, None)
-                drawn = noise[len(table) - 1 - i] if i else None
-                x = ddpm_step(x, cond, uncond, drawn, table[i], guidance, temperature)
+                drawn = None if noise is None or not i else noise[len(table) - 1 - i]
+                x = ddpm_step(x, cond, uncond, drawn, table[i], guidance, temperature, before)
         return x
 
     def sample_drawn(
-        self, z: Tensor, start: Tensor, drawn: Drawn, table: Tensor, embedded: Tensor, final: Product, graphs: Graphs
+        self,
+        z: Tensor,
+        start: Tensor,
+        drawn: Drawn | None,
+        table: Tensor,
+        embedded: Tensor,
+        final: Product,
+        graphs: Graphs,
     ) -> Tensor:
-        """As `sample`, but noise is drawn where it is used, and table (T, 8) of `step_table` has all numbers.
+        """As `sample`, but noise is drawn where it is used, and table (T, 9) of `step_table` has all numbers.
 
         `final` = self.final.folded(), made once a request.
 
@@ -175,7 +185,7 @@ class DiffusionHead(nn.Module):
         """
         chunk = min(CHUNK, self.most_steps(len(z)))
         chunks = [min(chunk, left) for left in range(len(table), 0, -chunk)]
-        key, often = (len(z), len(start), len(table)), chunks.count(chunk) > 2
+        key, often = (len(z), len(start), len(table), drawn is None), chunks.count(chunk) > 2
         run = self.begin(z, start, drawn, table, embedded, final)
         run = graphs.hold("head", key, run) if often else run
         for steps in chunks:
@@ -186,13 +196,14 @@ class DiffusionHead(nn.Module):
         return run.x
 
     def begin(
-        self, z: Tensor, start: Tensor, drawn: Drawn, table: Tensor, embedded: Tensor, final: Product
+        self, z: Tensor, start: Tensor, drawn: Drawn | None, table: Tensor, embedded: Tensor, final: Product
     ) -> Denoising:
         """Ready for the first step; arguments as in `sample_drawn`."""
         c = self.cond_embed(z)
         seen = start.to(c.dtype).repeat(len(z) // max(len(start), 1), 1)
         clock = torch.full((2,), len(table) - 1, device=start.device)
-        return Denoising(start.clone(), self.input_proj(seen), clock, c, final, drawn, table, embedded)
+        before = torch.zeros_like(start) if drawn is None else None
+        return Denoising(start.clone(), before, self.input_proj(seen), clock, c, final, drawn, table, embedded)
 
     def advance(self, run: Denoising, steps: int = 1) -> None:
         """Take the next steps, in place; their modulations are made at once."""
@@ -202,4 +213,5 @@ class DiffusionHead(nn.Module):
             h = self.through_blocks(run.h, modulations)
             out = h, *final.parts(next(modulations)), NORM_EPS, final.linear.weight
             close = steps if ahead == steps - 1 else 0
-            head_step(*out, first.weight, first.bias, run.x, run.h, run.clock, run.table, run.drawn, ahead, close)
+            changed = run.x, run.before, run.h, run.clock
+            head_step(*out, first.weight, first.bias, *changed, run.table, run.drawn, ahead, close)
