@@ -44,7 +44,7 @@ class Watched(Sampler):
         for kept in former:
             error = (select_tokens(kept.difference, plan.predicted) - now).norm() / now.norm()
             if kept.known:
-                self.aged.append((known / kept.known, plan.begun >= 0.5, error.item()))
+                self.aged.append((known / kept.known, plan.index / plan.of >= 0.5, error.item()))
         self.former = [*former, self.kept]
         return z
 
