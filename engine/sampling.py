@@ -70,7 +70,7 @@ class Sampling:
         self._check_head_steps()
 
     def _check_interval(self) -> None:
-        """As a tuple, whatever sequence it came as; so are the head's steps."""
+        """As a tuple, whatever sequence it came as."""
         if self.cfg_interval is None:
             return
         first, end = as_numbers(
@@ -83,11 +83,13 @@ class Sampling:
         object.__setattr__(self, "cfg_interval", (float(first), float(end)))
 
     def _check_head_steps(self) -> None:
-        if self.head_steps is not None:
-            pair = as_numbers("head_steps", self.head_steps, 2, "two: steps in the first and in the last round")
-            for steps in pair:
-                check_whole("head_steps", steps, 2, 1000)
-            object.__setattr__(self, "head_steps", pair)
+        """Likewise."""
+        if self.head_steps is None:
+            return
+        pair = as_numbers("head_steps", self.head_steps, 2, "two: steps in the first and in the last round")
+        for steps in pair:
+            check_whole("head_steps", steps, 2, 1000)
+        object.__setattr__(self, "head_steps", pair)
 
 
 class SamplingOptions(TypedDict, total=False):

@@ -56,7 +56,7 @@ class DecoderPlan:
     shards: int = 14
 
 
-# Half an hour each but for phases 3 and 4, less than two hours each, and phase 6, two and a half, on two CPU cores.
+# Half an hour each but for phases 3 and 4, less than two hours each, on two CPU cores, and phase 6, two hours on one.
 # Each goes on from the weights of the one before, with other data.
 PHASES: tuple[VAEPlan | JointPlan | DecoderPlan, ...] = (
     VAEPlan(),
