@@ -39,6 +39,8 @@ REPEAT = 10  # timed runs of what makes the roof
 def main(arguments: list[str] | None = None) -> int:
     root = require_this_checkout(__file__)
     options = latency.parse(arguments)
+    if options.speed != latency.EXACT:
+        sys.exit("--speed: classes of operations are timed in exact pictures, leave it out")
     with latency.load(options, root) as engine:
         summary = latency.describe(options, engine) | {"bench": "classes"}
         cuda = engine.device.type == "cuda"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in under 9 minutes: parity, tests marked gpu, full-size latency of both families in bf16 and
-# int8 and of UniPic without our kernels, every operator, time by class of operation beside its roof, and peak memory.
+# int8, at the cheaper speeds, and of UniPic without our kernels, every operator, time by class of operation beside its
+# roof, and peak memory.
 #   OUT=/tmp/results bash bench/gpu_check.sh        PYTHON=/path/to/python OUT=... bash bench/gpu_check.sh
 # Installs nothing: the checkout is imported as it lies there. Kernels that were never compiled on the machine are compiled
 # first, on all cores. The most important parts come next; each has its own time limit, gets no more than what is left of
@@ -24,21 +25,27 @@ export UNIPIC_RUN_CACHE="$work/cache" HF_HUB_OFFLINE=1
 cd "$root"
 
 device=cuda
-model=(--model unipic --res 1024 --iters 32 --dtype bf16)
-deepgen=(--random-weights --model deepgen --res 1024 --iters 50 --dtype bf16)
+unipic=(--model unipic --res 1024 --dtype bf16)
+deepgen=(--random-weights --model deepgen --res 1024 --dtype bf16)
+steps=(--iters 50) # of DeepGen, as released
+rounds=(--iters 32)
 memory=(--scenarios gen-int8-tight gen-bf16 --repeats 1)
 if [[ -n ${DRY_RUN:-} ]]; then
   device=cpu
   export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
-  model=(--model tests/data/unipic-tiny --res 64 --iters 2 --dtype fp32)
+  unipic=(--model tests/data/unipic-tiny --res 64 --dtype fp32)
   "$PYTHON" tests/deepgen_release.py "$work/deepgen"
-  deepgen=(--model "$work/deepgen" --res 64 --iters 2 --dtype fp32)
-  memory=(--scenarios gen-int8-tight --repeats 1 --device cpu "${model[@]}")
+  deepgen=(--model "$work/deepgen" --res 64 --dtype fp32)
+  steps=(--iters 2)
+  rounds=(--iters 2)
+  memory=(--scenarios gen-int8-tight --repeats 1 --device cpu "${unipic[@]}" "${rounds[@]}")
 fi
-latency=("$PYTHON" bench/latency.py --random-weights --device "$device" "${model[@]}")
-classes=("$PYTHON" bench/classes.py --random-weights --device "$device" "${model[@]}")
-deepgen_latency=("$PYTHON" bench/latency.py --device "$device" "${deepgen[@]}" --vram-cap 15)
-deepgen_classes=("$PYTHON" bench/classes.py --device "$device" "${deepgen[@]}")
+at_speed=("$PYTHON" bench/latency.py --random-weights --device "$device" "${unipic[@]}")
+latency=("${at_speed[@]}" "${rounds[@]}")
+classes=("$PYTHON" bench/classes.py --random-weights --device "$device" "${unipic[@]}" "${rounds[@]}")
+deepgen_at_speed=("$PYTHON" bench/latency.py --device "$device" "${deepgen[@]}" --vram-cap 15)
+deepgen_latency=("${deepgen_at_speed[@]}" "${steps[@]}")
+deepgen_classes=("$PYTHON" bench/classes.py --device "$device" "${deepgen[@]}" "${steps[@]}")
 parity=("$PYTHON" bench/parity.py tests/data/goldens/unipic1 --checkpoint tests/data/unipic-tiny --device "$device")
 
 seconds=${SECONDS_IN_ALL:-505}
@@ -83,6 +90,9 @@ part parity-int8 40 "${parity[@]}" --quant int8 --attn int8-qk
 part vram 100 "$PYTHON" bench/vram.py "${memory[@]}"
 part latency 75 "${latency[@]}" --vram-cap 15
 part torch-only 45 env UNIPIC_RUN_TRITON=0 "${latency[@]}" --tasks gen --repeat 2
+part int8-balanced 40 "${at_speed[@]}" --tasks gen --repeat 2 --quant int8 --attn int8-qk --speed balanced
+part int8-fast 40 "${at_speed[@]}" --tasks gen --repeat 2 --quant int8 --attn int8-qk --speed fast
+part deepgen-fast 50 "${deepgen_at_speed[@]}" --tasks gen --repeat 2 --quant int8 --attn int8-qk --speed fast
 part batch-of-4 40 "${latency[@]}" --tasks gen --batch 4
 part deepgen 80 "${deepgen_latency[@]}" --tasks edit,ask --quant int8 --attn int8-qk
 

@@ -43,10 +43,12 @@ from unipic_run.engine.device import as_device, dtype_name, memory_peak
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.errors import UnipicError, UnipicWarning
 from unipic_run.engine.outcome import Event
+from unipic_run.engine.sampling import SPEEDS
 
 TOKENIZER = Path("tests/data/unipic-tiny/Qwen2.5-1.5B-Instruct/tokenizer.json")
 TASKS = ("gen", "edit", "ask")
 KINDS = {"gen": "generate", "edit": "edit"}  # of those that make pictures
+EXACT, ROUNDS = "exact", 32
 PROMPT = "a red fox in deep snow at night"
 QUESTION = "What is in the picture?"
 
@@ -118,7 +120,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="unipic", help="a short name or a folder (default unipic)")
     parser.add_argument("--random-weights", action="store_true", help="the model's architecture, no weights file")
     parser.add_argument("--res", type=int, default=1024, help="side in pixels (default 1024)")
-    parser.add_argument("--iters", "--steps", type=int, default=32, help="rounds, or denoising steps (default 32)")
+    parser.add_argument("--iters", "--steps", type=int, help="rounds, or steps (default 32; with --speed the model's)")
+    parser.add_argument("--speed", default="exact", choices=SPEEDS, help="of pictures; a given --iters wins")
     parser.add_argument("--batch", type=int, default=1, help="images made together (default 1)")
     parser.add_argument("--new-tokens", type=int, default=16, help="length of the answer (default 16)")
     parser.add_argument("--tasks", type=task_list, default=TASKS, help="of gen,edit,ask (default all)")
@@ -138,6 +141,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--vram places weights that were loaded: give a folder (bench/vram.py makes one)")
     if options.ballast and not options.vram:
         parser.error("--ballast needs --vram")
+    if options.speed == EXACT:
+        options.iters = options.iters or ROUNDS
+    elif options.plan:
+        parser.error("--plan is of exact pictures: leave --speed out")
     if options.warm_up is None:
         options.warm_up = 2 if options.repeat > 1 else 0  # the first compiles, the second captures what comes again
     return options
@@ -171,6 +178,7 @@ def describe(options: argparse.Namespace, engine: Engine) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in engine.loaded.model.parameters()),
         "res": options.res,
         "iters": options.iters,
+        "speed": options.speed,
         "batch": options.batch,
         "new_tokens": options.new_tokens,
         "repeat": options.repeat,
@@ -222,7 +230,8 @@ def peaks(device: torch.device, memory: StageMemory, ballast: int) -> dict[str, 
 def run(engine: Engine, task: str, options: argparse.Namespace) -> tuple[Stages, list[float]]:
     """One call: milliseconds of each stage, and of each round."""
     ticks: list[float] = []
-    sampling = {"steps": options.iters, "n": options.batch, "batch_size": options.batch, "seed": 1}
+    sampling = {"steps": options.iters, "speed": options.speed, "n": options.batch, "batch_size": options.batch}
+    sampling["seed"] = 1
     if task == "gen":
         result = engine.generate(PROMPT, res=options.res, on_event=rounds_into(ticks), **sampling)
     elif task == "edit":

@@ -45,6 +45,18 @@ def test_tells_what_the_dry_run_foresees_in_int8_too(tiny_release, capsys):
         assert found["launches_a_round"] == found["stages"]["sample"]["launches"] / 2
 
 
+def test_a_speed_decides_about_rounds_unless_they_are_given(tiny_release, capsys):
+    arguments = ["--model", str(tiny_release), "--res", "64", "--tasks", "gen", "--json", "--random-weights"]
+    arguments += ["--dtype", "fp32", "--device", "cpu", "--speed", "fast"]
+    rounds = families.architecture("unipic")[1].rounds
+    for more, expected in ([], round(0.75 * rounds)), (["--iters", "3"], 3):
+        assert latency.main([*arguments, *more]) == 0
+        summary = json.loads(capsys.readouterr().out)
+        assert summary["speed"] == "fast" and len(summary["tasks"]["gen"]["round_milliseconds"]) <= expected
+    with pytest.raises(SystemExit):
+        latency.main([*arguments, "--plan"])
+
+
 def test_random_answers_have_the_asked_length(tiny_release, capsys):
     arguments = ["--model", str(tiny_release), *QUICK, "--random-weights", "--tasks", "ask", "--json"]
     assert latency.main([*arguments, "--repeat", "2"]) == 0
