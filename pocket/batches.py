@@ -30,20 +30,27 @@ class Words:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """What a generation or an edit learns from: latents (B, n, 16) of the result, prompts, and what stands where."""
+class Seen:
+    """Whole pictures: latents (B, n, 16), and labels (B, n + 1) of what stands where."""
 
     latents: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a generation or an edit learns from: the results, the prompts, and what an edit begins with."""
+
+    made: Seen
     words: Words
-    labels: Tensor | None = None  # (B, n + 1)
-    sources: Tensor | None = None
+    source: Seen | None = None
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Latents (B, n, 16), and the words of as many questions about each picture, (B K, S), picture by picture."""
+    """Pictures, and the words of as many questions about each, (B K, S), picture by picture."""
 
-    latents: Tensor
+    seen: Seen
     words: Words
 
 
@@ -76,20 +83,22 @@ class Draw:
     def pictures(self, count: int) -> Pictures:
         shard, chosen = self._chosen("samples", count)
         texts = [turn("generate", phrase(shard.samples[i].spec, self.rng)) for i in chosen]
-        words = self._words(self._dropped(texts, "generate"))
-        return Pictures(self._up(shard.latents[chosen]), words, self._up(shard.labels[chosen]))
+        made = self._seen(shard.latents, shard.labels, chosen)
+        return Pictures(made, self._words(self._dropped(texts, "generate")))
 
     def edits(self, count: int) -> Pictures:
         shard, chosen = self._chosen("edits", count)
         texts = [turn("edit", shard.edits[i].instruction) for i in chosen]
-        words = self._words(self._dropped(texts, "edit"))
-        return Pictures(self._up(shard.targets[chosen]), words, sources=self._up(shard.sources[chosen]))
+        made = self._seen(shard.targets, shard.target_labels, chosen)
+        source = self._seen(shard.sources, shard.source_labels, chosen)
+        return Pictures(made, self._words(self._dropped(texts, "edit")), source)
 
     def answers(self, count: int, each: int) -> Answers:
-        shard, chosen = self._chosen("samples", count)
-        asked = [ask_about(self.rng, shard.samples[i].scene) for i in chosen for _ in range(each)]
+        """About what edits begin with: there objects stand anywhere, as in the exam."""
+        shard, chosen = self._chosen("edits", count)
+        asked = [ask_about(self.rng, shard.edits[i].source) for i in chosen for _ in range(each)]
         words = self._words([turn("ask", question) for question, _ in asked], [answer + END for _, answer in asked])
-        return Answers(self._up(shard.latents[chosen]), words)
+        return Answers(self._seen(shard.sources, shard.source_labels, chosen), words)
 
     def _chosen(self, what: str, count: int) -> tuple[Shard, list[int]]:
         shard = self.shards[int(self.rng.integers(len(self.shards)))]
@@ -102,6 +111,9 @@ class Draw:
     def _words(self, texts: Sequence[str], answers: Sequence[str] | None = None) -> Words:
         words = words_of(self.tokens, texts, answers)
         return Words(self._up(words.ids), self._up(words.lengths), self._up(words.answers))
+
+    def _seen(self, latents: Tensor, labels: Tensor, chosen: list[int]) -> Seen:
+        return Seen(self._up(latents[chosen]), self._up(labels[chosen]))
 
     def _up(self, x: Tensor) -> Tensor:
         return x.to(self.device)

@@ -67,6 +67,15 @@ class Shard:
         """(objects of the samples' cells, backgrounds of the samples), int64 (S, n + 1)."""
         return torch.stack([label(drawn.scene) for drawn in self.samples])
 
+    @cached_property
+    def source_labels(self) -> Tensor:
+        """The same of the edits' sources, (E, n + 1)."""
+        return torch.stack([label(edit.source) for edit in self.edits])
+
+    @cached_property
+    def target_labels(self) -> Tensor:
+        return torch.stack([label(edit.target) for edit in self.edits])
+
 
 @torch.inference_mode()
 def encode(vae: Autoencoder, scenes: Iterator[Scene], scale: float) -> Tensor:

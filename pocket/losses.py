@@ -20,7 +20,7 @@ from ..engine.models.unipic.prompts import IMAGE, turn
 from ..engine.schedules import cosine_betas
 from ..engine.tokens import Tokens
 from ..kernels.mar_tokens import select_tokens
-from .batches import Answers, Pictures
+from .batches import Answers, Pictures, Seen, Words
 from .data import LABELS
 from .scenes import BACKGROUNDS
 from .sitting import Losses
@@ -31,29 +31,41 @@ LEVELS = 64  # timesteps a step; each is embedded once
 PREDICTED = 32  # tokens a picture at most
 
 
+class Named(nn.Module):
+    """Which object a cell shows, and the background, read linearly from features."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.objects, self.ground = nn.Linear(width, LABELS), nn.Linear(width, len(BACKGROUNDS))
+
+    def forward(self, features: Tensor, labels: Tensor, at: Tensor) -> Tensor:
+        """Cross-entropy of features (B, N, D) of the cells `at` (B, N); labels (B, n + 1)."""
+        objects = labels[:, :-1].gather(1, at)
+        ground = labels[:, -1:].expand_as(at)
+        return F.cross_entropy(self.objects(features).flatten(0, 1), objects.flatten()) + F.cross_entropy(
+            self.ground(features).flatten(0, 1), ground.flatten()
+        )
+
+
 class Hints(nn.Module):
     """What is read from the features on the way, by teachers that are not in the model.
 
-    From z which object a cell shows, and the background. From an edit's z its tokens, and from features of a whole
-    picture the picture's: left alone, the encoder keeps little of what it sees, and edits copy badly.
+    From z what the cells to predict will show, from x_con of a whole picture what its cells show. From an edit's z its
+    tokens, and from x_con the picture's: left alone, the encoder keeps little of what it sees, and edits copy badly.
     """
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
-        self.objects, self.ground = nn.Linear(width, LABELS), nn.Linear(width, len(BACKGROUNDS))
+        self.foreseen, self.shown = Named(width), Named(width)
         self.seen, self.made = nn.Linear(width, channels), nn.Linear(width, channels)
 
-    def forward(self, z: Tensor, labels: Tensor, predicted: Tensor) -> Tensor:
-        """Cross-entropy of z (B, N, D) at `predicted` (B, N) of labels (B, n + 1)."""
-        objects = labels[:, :-1].gather(1, predicted)
-        ground = labels[:, -1:].expand_as(predicted)
-        return F.cross_entropy(self.objects(z).flatten(0, 1), objects.flatten()) + F.cross_entropy(
-            self.ground(z).flatten(0, 1), ground.flatten()
-        )
-
-    def kept(self, x_con: Tensor, latents: Tensor) -> Tensor:
-        """Squared error of latents (B, n, 16) as they are read from x_con (B, buffer + n, D)."""
-        return F.mse_loss(self.seen(x_con[:, -latents.shape[1] :]), latents)
+    def of_picture(self, x_con: Tensor, seen: Seen) -> Losses:
+        """Squared error of the tokens, and cross-entropy of what they show, read from x_con (B, buffer + n, D)."""
+        features = x_con[:, -seen.latents.shape[1] :]
+        return {
+            "copy": F.mse_loss(self.seen(features), seen.latents),
+            "shown": self.shown(features, seen.labels, all_visible(seen.latents)),
+        }
 
 
 def read(model: UniPic, x: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
@@ -94,16 +106,22 @@ def looked_at(model: UniPic, tokens: Tokens, latents: Tensor) -> tuple[Tensor, T
 
 
 def conditions(
-    model: UniPic, tokens: Tokens, batch: Pictures, known: Tensor, visible: Tensor, predicted: Tensor
+    model: UniPic,
+    tokens: Tokens,
+    words: Words,
+    sources: Tensor | None,
+    known: Tensor,
+    visible: Tensor,
+    predicted: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """z (B, N, D) of the tokens to predict, as `Sampler.understand` computes it; x_con of an edit's source.
 
-    known (B, n, 16).
+    sources and known (B, n, 16).
     """
     side = math.isqrt(known.shape[1])
-    prompt, lengths, x_con = model.embed(batch.words.ids), batch.words.lengths, None
-    if batch.sources is not None:
-        x_con, image = looked_at(model, tokens, batch.sources)
+    prompt, lengths, x_con = model.embed(words.ids), words.lengths, None
+    if sources is not None:
+        x_con, image = looked_at(model, tokens, sources)
         prompt, lengths = torch.cat([image, prompt], dim=1), lengths + image.shape[1]
     x = model.mar_encoder(known, visible, model.mar_encoder.positions(side, side))
     block = buffers_last(model.proj_in(x), model.config.mar.buffer)
@@ -117,18 +135,20 @@ def picture_losses(
     model: UniPic, hints: Hints, tokens: Tokens, batch: Pictures, share: float, noise: torch.Generator
 ) -> Losses:
     """Losses of a generation or an edit with about `share` of the tokens masked."""
-    rows, n = batch.latents.shape[:2]
+    latents, labels = batch.made.latents, batch.made.labels
+    rows, n = latents.shape[:2]
     masked = max(1, math.ceil(share * n))
-    order = torch.rand(rows, n, generator=noise).argsort(dim=1).to(batch.latents.device)
+    order = torch.rand(rows, n, generator=noise).argsort(dim=1).to(latents.device)
     visible = order[:, masked:].sort(dim=1).values
     predicted = order[:, : min(masked, PREDICTED)].sort(dim=1).values
-    z, x_con = conditions(model, tokens, batch, batch.latents, visible, predicted)
-    made = select_tokens(batch.latents, predicted)
+    sources = batch.source and batch.source.latents
+    z, x_con = conditions(model, tokens, batch.words, sources, latents, visible, predicted)
+    made = select_tokens(latents, predicted)
     losses = head_losses(model.head, z.flatten(0, 1), made.flatten(0, 1), noise)
-    if batch.labels is not None:
-        losses["hint"] = hints(z, batch.labels, predicted)
-    if x_con is not None:
-        losses["copy"] = hints.kept(x_con, batch.sources) + F.mse_loss(hints.made(z), made)
+    losses["hint"] = hints.foreseen(z, labels, predicted)
+    if batch.source is not None:
+        losses |= hints.of_picture(x_con, batch.source)
+        losses["copy"] = losses["copy"] + F.mse_loss(hints.made(z), made)
     return losses
 
 
@@ -195,7 +215,7 @@ def answer_losses(model: UniPic, hints: Hints, tokens: Tokens, batch: Answers) -
 
     The questions about one picture stand behind it in one sequence: each sees the picture and itself, as if alone.
     """
-    x_con, image = looked_at(model, tokens, batch.latents)
+    x_con, image = looked_at(model, tokens, batch.seen.latents)
     asked = model.embed(batch.words.ids)  # (B K, L, H)
     (pictures, seen, width), (questions, length) = image.shape, batch.words.ids.shape
     each = questions // pictures
@@ -208,7 +228,8 @@ def answer_losses(model: UniPic, hints: Hints, tokens: Tokens, batch: Answers) -
     answers = batch.words.answers
     before = hidden[:, :-1][answers[:, 1:]]  # what each answer word follows; a row begins with the question
     logits = F.linear(before, model.embed.weight)
-    return {"answer": F.cross_entropy(logits, batch.words.ids[answers]), "copy": hints.kept(x_con, batch.latents)}
+    said = F.cross_entropy(logits, batch.words.ids[answers])
+    return {"answer": said, **hints.of_picture(x_con, batch.seen)}
 
 
 def masked_share(step: int, words_first: int) -> float:

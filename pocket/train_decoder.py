@@ -20,7 +20,7 @@ from ..engine.models.unipic.model import UniPic
 from ..engine.models.unipic.prompts import turn, unconditional_turn
 from ..engine.schedules import ddpm_table
 from ..engine.tokens import Tokens
-from .batches import Pictures, Words, step_rng, words_of
+from .batches import Words, step_rng, words_of
 from .config import GRID
 from .data import Shard
 from .losses import conditions
@@ -48,13 +48,13 @@ def redrawn(
     rows, n, channels = latents.shape
     texts = [turn("generate", phrase(s.spec, rng)) for s in samples] + [unconditional_turn("generate", None)] * rows
     words = words_of(tokens, texts)
-    batch = Pictures(latents, Words(words.ids.to(device), words.lengths.to(device), words.answers))
+    words = Words(words.ids.to(device), words.lengths.to(device), words.answers)
     order, masked = torch.rand(rows, n, generator=noise).argsort(dim=1).to(device), round(share * n)
     x = latents.to(device)
     for begin, end in pairwise(masked * i // ROUNDS for i in range(ROUNDS + 1)):
         visible = torch.cat([order[:, :begin], order[:, masked:]], dim=1).sort(dim=1).values
         predicted = order[:, begin:end].sort(dim=1).values
-        z, _ = conditions(model, tokens, batch, *(torch.cat([t, t]) for t in (x, visible, predicted)))
+        z, _ = conditions(model, tokens, words, None, *(torch.cat([t, t]) for t in (x, visible, predicted)))
         new = _denoised(model, z.flatten(0, 1), noise)
         x = x.scatter(1, predicted[..., None].expand(-1, -1, channels), new.view(rows, -1, channels))
     return x.cpu()

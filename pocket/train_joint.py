@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..engine.models.unipic.config import UniPicConfig
 from ..engine.models.unipic.model import UniPic, build
 from ..engine.tokens import Tokens
-from .batches import Draw, Pool, step_rng
+from .batches import Draw, Pictures, Pool, step_rng
 from .losses import VARIANCE_WEIGHT, Hints, answer_losses, masked_share, picture_losses
 from .plans import JointPlan
 from .sitting import Losses, Plan, Run, generator, sit
@@ -48,23 +48,29 @@ def initialise(joint: Joint, seed: int) -> None:
 def joint_losses(joint: Joint, tokens: Tokens, plan: JointPlan, draw: Draw, step: int) -> Losses:
     """The sum over pictures and, by turns, edits or answers, and its parts."""
     noise = generator(plan.seed, step)
-    model, hints, losses = joint.model, joint.hints, {}
-    made = picture_losses(
-        model, hints, tokens, draw.pictures(plan.pictures), masked_share(step, plan.words_first), noise
-    )
+    model, hints = joint.model, joint.hints
     first, last = plan.hint_weights
     hint_weight = first + (last - first) * step / plan.steps
-    total = made["noise"] + VARIANCE_WEIGHT * made["variance"] + hint_weight * made["hint"]
-    losses |= made
+
+    def of_pictures(batch: Pictures, share: float) -> tuple[Tensor, Losses]:
+        found = picture_losses(model, hints, tokens, batch, share, noise)
+        return found["noise"] + VARIANCE_WEIGHT * found["variance"] + hint_weight * found["hint"], found
+
+    total, losses = of_pictures(draw.pictures(plan.pictures), masked_share(step, plan.words_first))
     if step % 2:
         share = masked_share(step + EDIT_SHIFT / 0.6180339887, plan.words_first)
-        edited = picture_losses(model, hints, tokens, draw.edits(plan.edits), share, noise)
-        total = total + 2 * (edited["noise"] + VARIANCE_WEIGHT * edited["variance"]) * plan.edits / plan.pictures
-        losses |= {"edit": edited["noise"], "copy": edited["copy"]}
+        more, edited = of_pictures(draw.edits(plan.edits), share)
+        total = total + 2 * more * plan.edits / plan.pictures
+        losses |= {
+            "edit": edited["noise"],
+            "edit hint": edited["hint"],
+            "copy": edited["copy"],
+            "shown": edited["shown"],
+        }
     else:
         losses |= answer_losses(model, hints, tokens, draw.answers(plan.answers, plan.questions))
         total = total + 2 * ANSWER_WEIGHT * losses["answer"]
-    total = total + plan.copy_weight * losses["copy"]
+    total = total + plan.copy_weight * losses["copy"] + hint_weight * losses["shown"]
     return {"loss": total} | {name: value.detach() for name, value in losses.items()}
 
 

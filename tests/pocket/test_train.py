@@ -15,7 +15,7 @@ from unipic_run.engine.noise import PhiloxNoise
 from unipic_run.engine.schedules import reveal_rounds
 from unipic_run.engine.task import Batch, Task
 from unipic_run.engine.tokens import Tokens
-from unipic_run.pocket.batches import Answers, Pictures, words_of
+from unipic_run.pocket.batches import Answers, Seen, words_of
 from unipic_run.pocket.config import GRID, pocket_config
 from unipic_run.pocket.data import label
 from unipic_run.pocket.export import export
@@ -39,7 +39,7 @@ TINY_PLAN = JointPlan(
     pictures=4,
     edits=2,
     answers=4,
-    shard=Sizes(scenes=4, edits=2),
+    shard=Sizes(scenes=4, edits=4),
     first_shards=1,
     fresh_every=100,
 )
@@ -110,9 +110,8 @@ def test_training_sees_what_sampling_sees(random_model, tokens, kind):
         sampler = family.Sampler(model, given.rows, given.source and given.source.x_con, task, noises)
         sources = None if pixels is None else given.source.latents.expand(len(PROMPTS), -1, -1)
         words = words_of(tokens, [turn(kind, prompt) for prompt in PROMPTS])
-        batch = Pictures(known, words, sources=sources)
         for plan in rounds.rounds:
-            z, _ = conditions(model, tokens, batch, known, plan.visible, plan.predicted)
+            z, _ = conditions(model, tokens, words, sources, known, plan.visible, plan.predicted)
             torch.testing.assert_close(z, sampler.understand(known, plan), atol=2e-5, rtol=1e-4)
 
 
@@ -134,7 +133,8 @@ def test_training_foresees_what_answering_says(random_model, tokens):
             for word in tokens.encode(said + END):
                 expected.append(-family.next_logits(model, cache, ids).log_softmax(-1)[word])
                 ids = [word]
-        found = answer_losses(model, Hints(model.config.mar.width, 16), tokens, Answers(latents, words))["answer"]
+        seen = Seen(latents, torch.zeros(2, GRID**2 + 1, dtype=torch.int64))
+        found = answer_losses(model, Hints(model.config.mar.width, 16), tokens, Answers(seen, words))["answer"]
     torch.testing.assert_close(found, torch.stack(expected).mean(), atol=1e-5, rtol=1e-4)
 
 
