@@ -1,10 +1,13 @@
-"""A card that is made up."""
+"""A card that is made up, and DeepGen with small random weights."""
 
 from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from unipic_run import Engine
 from unipic_run.engine import budget, limits
 from unipic_run.engine.residency import GIB
 
@@ -44,3 +47,11 @@ class Card:
 @pytest.fixture
 def card(monkeypatch):
     return Card(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def deepgen_engine(tiny_deepgen: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNIPIC_RUN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        with Engine.from_pretrained(tiny_deepgen, device="cpu") as made:
+            yield made

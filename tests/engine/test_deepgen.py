@@ -1,9 +1,7 @@
 """DeepGen through the engine, with small random weights: gen, edit with several pictures, ask, budgets, refusals."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,12 +27,9 @@ HOW = {"res": 64, "steps": 2, "seed": 5}
 pytestmark = pytest.mark.filterwarnings("ignore::unipic_run.engine.errors.UnipicWarning")
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_deepgen: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNIPIC_RUN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        with Engine.from_pretrained(tiny_deepgen, device="cpu") as made:
-            yield made
+@pytest.fixture
+def engine(deepgen_engine: Engine) -> Engine:
+    return deepgen_engine
 
 
 def photo(width: int = 64, height: int = 64) -> Image.Image:

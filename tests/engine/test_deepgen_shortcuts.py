@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,18 +28,15 @@ CACHED = replace(TASK, block_cache=0.5)
 pytestmark = pytest.mark.filterwarnings("ignore::unipic_run.engine.errors.UnipicWarning")
 
 
+@pytest.fixture
+def engine(deepgen_engine: Engine) -> Engine:
+    return deepgen_engine
+
+
 @pytest.fixture(autouse=True)
 def inference() -> Iterator[None]:
     with torch.inference_mode():
         yield
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_deepgen: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNIPIC_RUN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        with Engine.from_pretrained(tiny_deepgen, device="cpu") as made:
-            yield made
 
 
 def conditions(engine: Engine, task: Task, batch: Batch) -> deepgen.Conditions:
