@@ -126,14 +126,7 @@ def _head_step_kernel(
     seen = y.to(h0_ptr.dtype.element_ty)
     if GUIDED:
         seen = tl.reshape(tl.permute(tl.join(seen, seen), (2, 0, 1)), (ROWS, BLOCK_C))
-    for left in range(0, W, BLOCK_N):
-        col = left + tl.arange(0, BLOCK_N)
-        known = (channel < C)[:, None] & (col < W)[None, :]
-        in_weight = tl.load(in_weight_ptr + col[None, :] * C + channel[:, None], mask=known, other=0.0)
-        h0 = tl.dot(seen, in_weight, input_precision="ieee")
-        h0 += tl.load(in_bias_ptr + col, mask=col < W, other=0.0).to(tl.float32)[None, :]
-        to = h0_ptr + row[:, None] * W + col[None, :]
-        tl.store(to, h0.to(h0_ptr.dtype.element_ty), mask=inside[:, None] & (col < W)[None, :])
+    _begin(seen, in_weight_ptr, in_bias_ptr, h0_ptr + row * W, inside, W, C, BLOCK_C, BLOCK_N)
     if close > 0 and tl.program_id(0) == 0:  # nobody reads this cell here
         tl.store(clock_ptr, now - close)
 
@@ -168,6 +161,30 @@ def _final(
         weight = tl.load(weight_at + k[:, None], mask=(k < W)[:, None] & known[None, :], other=0.0)
         out = tl.dot(a, weight, out, input_precision="ieee")
     return out
+
+
+@triton.jit
+def _begin(
+    seen,  # (ROWS, BLOCK_C)
+    in_weight_ptr,
+    in_bias_ptr,
+    h0_at,  # (ROWS): where rows begin
+    inside,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Store seen W_in^T + b_in."""
+    channel = tl.arange(0, BLOCK_C)
+    for left in range(0, W, BLOCK_N):
+        col = left + tl.arange(0, BLOCK_N)
+        known = (channel < C)[:, None] & (col < W)[None, :]
+        in_weight = tl.load(in_weight_ptr + col[None, :] * C + channel[:, None], mask=known, other=0.0)
+        h0 = tl.dot(seen, in_weight, input_precision="ieee")
+        h0 += tl.load(in_bias_ptr + col, mask=col < W, other=0.0).to(tl.float32)[None, :]
+        to = h0_at[:, None] + col[None, :]
+        tl.store(to, h0.to(in_weight_ptr.dtype.element_ty), mask=inside[:, None] & (col < W)[None, :])
 
 
 @triton.jit
