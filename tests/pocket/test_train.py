@@ -15,9 +15,9 @@ from unipic_run.engine.noise import PhiloxNoise
 from unipic_run.engine.schedules import reveal_rounds
 from unipic_run.engine.task import Batch, Task
 from unipic_run.engine.tokens import Tokens
-from unipic_run.pocket.batches import Answers, Seen, words_of
+from unipic_run.pocket.batches import Answers, Draw, Seen, words_of
 from unipic_run.pocket.config import GRID, pocket_config
-from unipic_run.pocket.data import label
+from unipic_run.pocket.data import Shard, label
 from unipic_run.pocket.export import export
 from unipic_run.pocket.losses import Hints, answer_losses, conditions
 from unipic_run.pocket.muon import orthogonal
@@ -136,6 +136,15 @@ def test_training_foresees_what_answering_says(random_model, tokens):
         seen = Seen(latents, torch.zeros(2, GRID**2 + 1, dtype=torch.int64))
         found = answer_losses(model, Hints(model.config.mar.width, 16), tokens, Answers(seen, words))["answer"]
     torch.testing.assert_close(found, torch.stack(expected).mean(), atol=1e-5, rtol=1e-4)
+
+
+def test_questions_are_about_pictures_where_objects_stand_anywhere(vae, tokens):
+    """As in the exam: about what edits begin with, and not about composed pictures."""
+    shard = Shard(2, 0, Sizes(scenes=4, edits=4)).encode(vae, 1.0, None)
+    drawn = Draw(np.random.default_rng(1), [shard], tokens, torch.device("cpu")).answers(3, 2)
+    found = [(shard.sources == row).flatten(1).all(1).nonzero().item() for row in drawn.seen.latents]
+    assert len(set(found)) == 3 and len(drawn.words.ids) == 6
+    assert torch.equal(drawn.seen.labels, torch.stack([label(shard.edits[i].source) for i in found]))
 
 
 def test_labels_name_what_a_cell_shows():
