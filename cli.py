@@ -84,7 +84,7 @@ def gen(
 ) -> None:
     """Paint pictures from text; prints the path of each."""
     terminal = _terminal(ctx, as_json, quiet)
-    old = a.repeated_settings(from_png, model is not None, speed is not None) if from_png else {}
+    old = a.repeated_settings(from_png, model, speed) if from_png else {}
     new = a.given(seed=seed, steps=steps, guidance=guidance, cfg_schedule=cfg_schedule, temperature=temperature)
     new |= a.shortcuts(speed, head_steps, order, cfg_interval, cfg_cache, solver, block_cache)
     asked = old | new | a.given(negative=negative, model=model, dtype=dtype, quant=quant, exact_rope=exact_rope)

@@ -23,8 +23,10 @@ from unipic_run.engine.estimate import estimate
 OVER_ARITHMETIC, OF_BF16 = 1.35, 0.5
 ASKED_OF = (8, 9)  # compute capability
 EIGHT = {"quant": "int8", "attention": "int8-qk"}
+KNOWN = {"unipic in int8, exact": 2.8}  # seconds over a limit that is missed, which are not to be more
 PREDICTED = (  # seconds of a picture: model, precision, speed, limit
     ("unipic", {}, "exact", 6.8),
+    ("unipic", EIGHT, "exact", 2.6),
     ("unipic", EIGHT, "balanced", 1.6),
     ("unipic", EIGHT, "fast", 1.0),
     ("deepgen", {}, "exact", 8.5),
@@ -64,8 +66,9 @@ def told(rows: list[dict[str, Any]], asked: bool) -> int:
     """The exit status."""
     for row in rows:
         met = "met" if row["met"] else "missed" if asked else "above it, which is asked of sm_89 only"
+        met += ", as is known" if row.get("known") else ""
         print(f"{row['target']}: {row['value']:.2f} of {row['limit']:.2f}, {met}")
-    passed = not asked or all(row["met"] for row in rows)
+    passed = not asked or all(row["met"] or row.get("known") for row in rows)
     print(json.dumps({"bench": "targets", "asked": asked, "passed": passed, "targets": rows}))
     return 0 if passed else 1
 
@@ -73,8 +76,9 @@ def told(rows: list[dict[str, Any]], asked: bool) -> int:
 def prediction(model: str, how: dict[str, str], speed: str, limit: float) -> dict[str, Any]:
     found = estimate(model, "gen", res=1024, gpu="rtx4090", shortcuts={"speed": speed}, **how)
     seconds = found["placement"]["seconds"]
-    name = f"{model} in {'int8' if how else 'bf16'}, {speed}, seconds predicted on {found['gpu']}"
-    return {"target": name, "value": seconds, "limit": limit, "met": seconds <= limit}
+    name = f"{model} in {'int8' if how else 'bf16'}, {speed}"
+    row = {"target": f"{name}, seconds predicted on {found['gpu']}", "value": seconds, "limit": limit}
+    return row | {"met": seconds <= limit, "known": limit < seconds <= KNOWN.get(name, limit)}
 
 
 def picture(log: Path, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Makes pocket.png, the README's strip: a prompt, its reveal and an answer of the pocket model.
+"""Makes pocket.png, the README's strip: a prompt, its reveal, an edit and an answer of the pocket model.
 
 python docs/strip.py
 """
@@ -10,6 +10,7 @@ from unipic_run import Engine
 from unipic_run.engine.outcome import Event
 
 PROMPT = "a purple star to the left of a red circle"
+EDIT = "make the star yellow"
 QUESTION = "how many stars are there?"
 SEED = 7
 PREVIEWS = 3
@@ -20,9 +21,9 @@ FONT = ImageFont.load_default(14)
 def main() -> None:
     with Engine.from_pretrained("pocket") as engine:
         cells = reveal(engine)
-        painted = cells[-1][0]
-        answer = engine.ask(painted, QUESTION).text
-    save([*cells, (painted, f'ask: "{QUESTION}"\n{answer}')])
+        changed = engine.edit(cells[-1][0], EDIT, seed=SEED).images[0]
+        answer = engine.ask(changed, QUESTION).text
+    save([*cells, (changed, f'edit: "{EDIT}"'), (changed, f'ask: "{QUESTION}"\n{answer}')])
 
 
 def reveal(engine: Engine) -> list[tuple[Image.Image, str]]:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from .checks import PATCH
 from .errors import UsageError
 from .request import GPU_BATCH
-from .sampling import SAMPLED, SHORTCUTS, Sampling, as_sampling
+from .sampling import SAMPLED, SPED, SPEEDS, Sampling, as_sampling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+EXACT = SPEEDS[0]
 MAX_TEXT = 16 * 2**20  # bytes of a prompt file
 REPEATED = (
     "prompt",
@@ -88,14 +89,14 @@ def parse_outpaint(text: str) -> tuple[int, int, int, int]:
     return left, top, right, bottom
 
 
-def repeated_settings(png: str, other_model: bool, other_speed: bool) -> dict[str, Any]:
+def repeated_settings(png: str, model: str | None, speed: str | None) -> dict[str, Any]:
     """What `gen --from` takes over from a picture: REPEATED, and `size` as (width, height).
 
-    Another speed decides anew on what speeds decide.
+    Beside another speed than the picture's, or another model than it was made with at a speed, SPED is decided anew.
 
     A picture may name a model that is here or well known; it must not start the download of anything else, so that
-    needs `other_model`, one named on the line. Raises ImageError for pictures without our settings, UsageError for
-    those that text alone does not make again.
+    needs a `model` named on the line. Raises ImageError for pictures without our settings, UsageError for those that
+    text alone does not make again.
     """
     from .checkpoint.cache import cached
     from .families import short_names
@@ -105,14 +106,16 @@ def repeated_settings(png: str, other_model: bool, other_speed: bool) -> dict[st
     if found.get("task") != "generate":
         task = str(found.get("task"))[:40]
         raise UsageError(f"{png} was made by {task!r}, not from text alone", "--from repeats pictures of `gen`")
-    left = ("steps", *SHORTCUTS) if other_speed else ()
+    sped = found.get("speed", EXACT)
+    anew = speed not in (None, sped) or (sped != EXACT and model not in (None, found.get("model")))
+    left = SPED if anew else ()
     settings = {name: found[name] for name in REPEATED if name not in left and found.get(name) is not None}
     for name in ("prompt", "model", "dtype", "quant"):
         if not isinstance(settings.get(name, ""), str):
             raise UsageError(f"{png} carries a {name} that is no text", "give the options by hand")
-    model = settings.get("model", "unipic")
-    if not (other_model or model in short_names() or Path(model).expanduser().is_dir() or cached(model)):
-        raise UsageError(f"{png} was made with the model {model[:200]!r}, which is not here", "give --model")
+    made_by = settings.get("model", "unipic")
+    if not (model or made_by in short_names() or Path(made_by).expanduser().is_dir() or cached(made_by)):
+        raise UsageError(f"{png} was made with the model {made_by[:200]!r}, which is not here", "give --model")
     if "size" in found:
         settings["size"] = parse_size(str(found["size"]))
     return settings

@@ -14,6 +14,7 @@ from .errors import UnipicWarning, UsageError
 from .picture import Canvas, center_crop, composite, fit_mask, pad_to_patch, resize, to_pixels
 from .request import EditRequest, GenerateRequest
 from .sampling import SAMPLED, SHORTCUTS, Sampling
+from .schedules import begins_within
 from .task import Task
 from .verbs import Verbs
 
@@ -94,7 +95,7 @@ def check_shortcuts(task: Task, family: Verbs) -> None:
         if name not in family.shortcuts and getattr(task, name) != usual:
             known = f"; it knows {', '.join(family.shortcuts)}" if family.shortcuts else ""
             what = f"{name} {getattr(task, name)} has no meaning for this model"
-            raise UsageError(what, f"leave it at {usual}{known}")
+            raise UsageError(what, f"leave it out{known}")
 
 
 def note_doubts(task: Task, side: int) -> None:
@@ -105,6 +106,10 @@ def note_doubts(task: Task, side: int) -> None:
         warnings.warn(note, UnipicWarning, stacklevel=4)
     if task.negative is not None and task.guidance == 1.0:
         warnings.warn("a negative prompt steers nothing at guidance 1", UnipicWarning, stacklevel=4)
+    if task.guidance != 1.0 and not any(begins_within(task.cfg_interval, i, task.steps) for i in range(task.steps)):
+        first, end = task.cfg_interval
+        note = f"no round of {task.steps} begins in the cfg_interval {first:g} to {end:g}: nothing is guided"
+        warnings.warn(note, UnipicWarning, stacklevel=4)
 
 
 def _task(kind: str, width: int, height: int, sampling: Sampling, defaults: Defaults, **source: Any) -> Task:

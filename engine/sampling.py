@@ -17,6 +17,7 @@ SHORTCUTS = ("head_steps", "order", "cfg_interval", "cfg_cache", "solver", "bloc
 SAMPLED = ("steps", "guidance", "cfg_schedule", "temperature", "negative", *SHORTCUTS)
 WHOLE_RUN = (0.0, 1.0)
 SPEEDS = ("exact", "balanced", "fast")  # the latter are sets of shortcuts, each model's own
+SPED = ("steps", "head_steps", "order", "cfg_cache")  # what such sets are of
 
 
 @dataclass(frozen=True)

@@ -95,9 +95,12 @@ def gtr_orders(orders: Tensor, columns: int) -> Tensor:
 def gtr_counts(order: Tensor, columns: int, steps: int) -> list[tuple[int, int]]:
     """As `reveal_counts` of an order (M) of `gtr_orders`: an even pace within a set, rounds by GTR_ROUNDS.
 
-    A set has no more rounds than tokens, and at least one if it has any: so there may be three where fewer are asked.
+    A set has no more rounds than tokens, and at least one if it has any. With fewer rounds than sets, the first sets
+    are one.
     """
     sizes = gtr_sets(order, columns).bincount(minlength=len(GTR_ROUNDS)).tolist()
+    merged = max(1, len(sizes) - steps + 1)
+    sizes = [sum(sizes[:merged]), *sizes[merged:]]
     counts, now = [], len(order)
     for size, rounds in zip(sizes, _shared_out(sizes, steps), strict=True):
         for step in range(rounds):
@@ -108,8 +111,9 @@ def gtr_counts(order: Tensor, columns: int, steps: int) -> list[tuple[int, int]]
 
 
 def _shared_out(sizes: Sequence[int], steps: int) -> list[int]:
-    """Rounds of each set of so many tokens, about `steps` in all, at least one each; the first takes the rest."""
-    later = [min(size, max(1, round(share * steps))) for size, share in zip(sizes[1:], GTR_ROUNDS[1:], strict=True)]
+    """Rounds of each set of so many tokens, `steps` in all, at least one each; the first takes the rest."""
+    shares = GTR_ROUNDS[len(GTR_ROUNDS) - len(sizes) + 1 :]
+    later = [min(size, max(1, round(share * steps))) for size, share in zip(sizes[1:], shares, strict=True)]
     return [min(sizes[0], max(1, steps - sum(later))), *later]
 
 

@@ -121,6 +121,27 @@ def test_a_speed_decides_what_is_not_said_and_is_repeated(run, model):
     Path("fast.png").write_bytes(Path("x-7-2.png").read_bytes())
     assert made("--from", "fast.png") == fast
     assert made("--from", "fast.png", "--speed", "exact") == exact
+    kept = {"solver": "ddim", "temperature": 0.8, "order": "random"}
+    options = ("--speed", "fast", "--solver", "ddim", "--temperature", "0.8", "--order", "random")
+    other = made(*options, "-o", "other.png")
+    assert kept.items() <= other.items()
+    assert made("--from", "other.png", "--speed", "fast") == other, "it has that speed already"
+    balanced = made("--from", "other.png", "--speed", "balanced")
+    assert (balanced["solver"], balanced["temperature"]) == ("ddim", 0.8), "no speed decides about these"
+    assert balanced["head_steps"] != other["head_steps"]
+
+
+def test_a_speed_is_decided_anew_for_another_model(run, model, tiny_deepgen):
+    assert run("gen", "x", "-m", model, "--res", "64", "--seed", "7", "--speed", "fast", "-o", "a.png")[0] == 0
+    code, _, err = run("gen", "--from", "a.png", "-m", str(tiny_deepgen), "--dtype", "fp32", "-o", "b.png")
+    assert code == 0, err
+    settings = read_settings("b.png")
+    assert settings["speed"] == "fast" and settings["steps"] == 18 and "head_steps" not in settings
+
+
+def test_an_interval_without_a_round_is_told(run, model):
+    code, _, err = run("gen", "x", "-m", model, "--res", "64", "--steps", "4", "--cfg-interval", "0.51:0.56")
+    assert code == 0 and "no round of 4 begins in the cfg_interval 0.51 to 0.56: nothing is guided" in err
 
 
 def test_from_repeats_a_picture_of_the_other_family_with_its_shortcuts(run, tiny_deepgen):

@@ -38,7 +38,7 @@ def test_shortcuts_are_planned_and_those_of_other_models_refused():
     assert short["stages"]["sample"]["launches"] < 0.5 * exact["stages"]["sample"]["launches"]
     with pytest.raises(UsageError, match="order gtr has no meaning for this model"):
         estimate("deepgen", "gen", shortcuts={"order": "gtr"})
-    with pytest.raises(UsageError, match=r"block_cache 0.1 has no meaning for this model: leave it at None; it knows"):
+    with pytest.raises(UsageError, match=r"block_cache 0.1 has no meaning for this model: leave it out; it knows"):
         estimate("unipic", "gen", shortcuts={"block_cache": 0.1})
     with pytest.raises(UsageError, match="a question is not sampled"):
         estimate("unipic", "ask", shortcuts={"order": "gtr"})

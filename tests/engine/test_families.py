@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from unipic_run import Engine
 from unipic_run.engine import families
 from unipic_run.engine.noise import PhiloxNoise
 from unipic_run.engine.request import FITS, POSTERIORS
-from unipic_run.engine.sampling import SHORTCUTS, SPEEDS
+from unipic_run.engine.sampling import SHORTCUTS, SPED, SPEEDS
 from unipic_run.engine.task import Batch, Task
 from unipic_run.engine.verbs import Verbs
 
@@ -35,7 +36,35 @@ def test_families_have_the_verbs(name: str) -> None:
             expected = [p for p in inspect.signature(wanted).parameters if p != "self"]
             assert list(inspect.signature(getattr(module, verb)).parameters) == expected, verb
     assert isinstance(module.IMAGE, str)
-    assert [*module.speeds(families.architecture(name)[1])] == [speed for speed in SPEEDS if speed != "exact"]
+    speeds = module.speeds(families.architecture(name)[1])
+    assert [*speeds] == [speed for speed in SPEEDS if speed != "exact"]
+    assert {field for chosen in speeds.values() for field in chosen} <= set(SPED)  # which --from decides anew
+
+
+@pytest.mark.parametrize(
+    ("name", "speed", "chosen"),
+    [
+        ("unipic", "balanced", {"head_steps": (50, 10), "cfg_cache": 2.0}),
+        ("unipic", "fast", {"steps": 24, "head_steps": (20, 10), "order": "gtr", "cfg_cache": 2.0}),
+        ("deepgen", "balanced", {"steps": 28}),
+        ("deepgen", "fast", {"steps": 18}),
+        ("unipic2-kontext", "fast", {"steps": 18}),
+    ],
+)
+def test_speeds_are_what_their_price_was_measured_of(name: str, speed: str, chosen: dict) -> None:
+    """docs/speed.md has it."""
+    assert families.model(name).speeds(families.architecture(name)[1])[speed] == chosen
+
+
+def test_speeds_are_shares_of_what_a_small_model_takes() -> None:
+    config = families.architecture("unipic")[1]
+    small = replace(config, rounds=1, head=replace(config.head, steps=1))
+    assert families.model("unipic").speeds(small)["fast"] == {
+        "steps": 1,
+        "head_steps": (1, 1),
+        "order": "gtr",
+        "cfg_cache": 2.0,
+    }
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)

@@ -13,6 +13,7 @@ from unipic_run.engine.models.unipic.sampler import LATEST, Kept, Sampler
 from unipic_run.engine.noise import PhiloxNoise
 from unipic_run.engine.plan import META, dry_run, shapes
 from unipic_run.engine.sampling import SOLVERS
+from unipic_run.engine.schedules import reveal_rounds
 from unipic_run.engine.task import Batch, Task
 from unipic_run.kernels._op import interpreted
 
@@ -101,6 +102,22 @@ def test_what_guidance_adds_is_kept_until_more_is_known(family, model, tokens):
     assert not torch.allclose(guided, uncond, atol=1e-3)
 
 
+def test_what_is_kept_is_renewed_in_nine_of_the_released_rounds(family, model, tokens, monkeypatch):
+    """Whenever at least twice as much is known: early rounds, which are cheap, do so nearly all."""
+    rounds_of = {True: [], False: []}
+
+    def counted(self, known, plan, of, guided):
+        rounds_of[guided].append(plan.index)
+        return torch.zeros(len(known) * (1 + guided), of.shape[1], 4)
+
+    monkeypatch.setattr(Sampler, "conditions", counted)
+    conditions = family.condition(model, tokens, TASK, BATCH)
+    sampler = Sampler(model, conditions.rows, None, replace(TASK, cfg_cache=2.0), BATCH.noises)
+    for plan in reveal_rounds(torch.randperm(4096)[None], 64, 64, 32).rounds:
+        sampler.understand(torch.zeros(1, 4096, 16), plan)
+    assert rounds_of[True] == [0, 1, 2, 3, 5, 8, 12, 18, 27] and len(rounds_of[False]) == 23
+
+
 def test_all_steps_of_the_head_from_an_earlier_start_are_its_own_steps(family, model, tokens, monkeypatch):
     """As many steps in every round as the model takes by itself differ only by where they begin."""
     own = rounds(family, model, tokens, TASK)
@@ -116,7 +133,7 @@ def test_every_round_takes_its_own_number_of_steps(family, model, tokens):
     sampler = Sampler(model, conditions.rows, None, task, BATCH.noises)
     tables = [[step.timestep for step in sampler.table(plan).steps] for plan in schedule.rounds]
     assert [len(table) for table in tables] == [6, 5, 4, 3]
-    assert all(table[0] == 0 and table[-1] == LATEST for table in tables)
+    assert all(table[0] == 0 and table[-1] == LATEST == 950 for table in tables)
 
 
 def test_the_solver_is_the_one_that_was_asked_for(family, model, tokens):
