@@ -107,7 +107,8 @@ def repeated_settings(png: str, model: str | None, speed: str | None) -> dict[st
         task = str(found.get("task"))[:40]
         raise UsageError(f"{png} was made by {task!r}, not from text alone", "--from repeats pictures of `gen`")
     sped = found.get("speed", EXACT)
-    anew = speed not in (None, sped) or (sped != EXACT and model not in (None, found.get("model")))
+    other_model = model is not None and not _names(model, str(found.get("model")))
+    anew = speed not in (None, sped) or (sped != EXACT and other_model)
     left = SPED if anew else ()
     settings = {name: found[name] for name in REPEATED if name not in left and found.get(name) is not None}
     for name in ("prompt", "model", "dtype", "quant"):
@@ -119,6 +120,12 @@ def repeated_settings(png: str, model: str | None, speed: str | None) -> dict[st
     if "size" in found:
         settings["size"] = parse_size(str(found["size"]))
     return settings
+
+
+def _names(model: str, said: str) -> bool:
+    """Whether a picture says that of this model: of a folder without its path, of a released one with a digest."""
+    name = Path(model).name
+    return said in (model, name) or said.rpartition("-")[0] == f"local-{name}"
 
 
 def shortcuts(
