@@ -22,6 +22,8 @@ import torch
 from unipic_run import __version__
 from unipic_run.bench.checkout import require_this_checkout
 from unipic_run.engine.arguments import shortcuts
+from unipic_run.engine.checkpoint import manifest
+from unipic_run.engine.checkpoint.cache import cached
 from unipic_run.engine.device import dtype_name
 from unipic_run.engine.engine import Engine
 from unipic_run.pocket.exam import CATEGORIES, Outcome, Sampling, draw_exam, sit_exam
@@ -106,14 +108,16 @@ def describe(options: argparse.Namespace, engine: Engine) -> dict[str, Any]:
         "iters": options.iters or engine.config.rounds,
         "cfg": engine.config.guidance if options.cfg is None else options.cfg,
         "head_steps": engine.config.head.steps,
-        **made_by(engine),
+        **made_by(engine, options.model),
     }
 
 
-def made_by(engine: Engine) -> dict[str, Any]:
-    """The model as it was loaded, and where."""
+def made_by(engine: Engine, model: str) -> dict[str, Any]:
+    """The model as it was loaded, and where; a digest of its weights, since a model is trained on under its name."""
+    files = manifest.read(cached(model) or Path(model))["files"]
     return {
         "model": engine.name,
+        "weights": files["model.safetensors"]["sha256"][:12],
         "dtype": dtype_name(engine.dtype),
         "quant": engine.quant,
         "attention": engine.attention,

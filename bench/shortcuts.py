@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = {name: how for name, how in WAYS.items() if name == "exact" or not options.only or name in options.only}
     samples = draw_exam(options.each, options.seed).samples
     with Engine.from_pretrained(options.model, device=options.device, dtype=options.dtype) as engine:
-        made = {"bench": "shortcuts", "asked": len(samples), "seed": options.seed, **made_by(engine)}
+        made = {"bench": "shortcuts", "asked": len(samples), "seed": options.seed, **made_by(engine, options.model)}
         series = begun(options.out, made, chosen)
         generations(engine, samples[:2], {}, options.seed)  # what comes once is nobody's price
         until = time.monotonic() + 60 * options.minutes
@@ -83,7 +83,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=1e6, help="then end, to be continued with --out")
+    parser.add_argument(
+        "--minutes", type=float, default=1e6, help="then end, to be continued with --out; category by category"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON there, and go on from it")
     return parser.parse_args(arguments)
 

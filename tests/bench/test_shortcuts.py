@@ -1,11 +1,14 @@
 """The price of a shortcut is of pairs, and the bench tells it of every way."""
 
+import hashlib
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from PIL import Image
 from unipic_run.bench import frontier, shortcuts
+from unipic_run.engine.checkpoint.cache import PACKAGED
 from unipic_run.engine.errors import UsageError
 
 
@@ -22,6 +25,13 @@ def test_a_price_counts_pairs_and_its_interval_shrinks_where_they_agree():
     both_ways = shortcuts.price(exact, swapped)
     assert both_ways["lost"] == pytest.approx(0.1)
     assert both_ways["high"] - both_ways["low"] > 2 * (one_way["high"] - one_way["low"])
+
+
+def test_dots_of_like_seconds_are_moved_apart_and_no_further():
+    moved = frontier.spread([100.0, 200.0, 200.0, 202.0, 400.0])
+    assert (moved[0], moved[-1]) == (100.0, 400.0) and moved == sorted(moved)
+    assert all(b - a >= frontier.APART for a, b in pairwise(moved))
+    assert max(abs(a - b) for a, b in zip(moved, [100.0, 200.0, 200.0, 202.0, 400.0], strict=True)) <= frontier.APART
 
 
 def test_rounds_and_head_steps_are_shares_of_the_models():
@@ -42,6 +52,7 @@ def test_every_way_is_made_of_the_same_prompts_and_another_sitting_goes_on(capsy
     told = json.loads(capsys.readouterr().out)
     assert told == json.loads(out.read_text()) and told["pictures"] == 6
     assert all(told["right"][name].startswith(right) for name, right in first.items())
+    assert told["weights"] == hashlib.sha256((PACKAGED["pocket"] / "model.safetensors").read_bytes()).hexdigest()[:12]
     assert list(told["ways"]) == ["exact", "half the rounds"] and told["ways"]["exact"]["lost"] == 0.0
     assert 0.2 < told["ways"]["half the rounds"]["ratio"] < 0.95
     with pytest.raises(UsageError, match="holds other ways"):
