@@ -12,7 +12,7 @@ from unipic_run.engine.outcome import Event
 PROMPT = "a purple star to the left of a red circle"
 EDIT = "make the star yellow"
 QUESTION = "how many stars are there?"
-SEED = 7
+SEED, EDIT_SEED = 3, 6
 PREVIEWS = 3
 SIDE, GAP, CAPTION = 160, 12, 64  # pixels
 FONT = ImageFont.load_default(14)
@@ -21,7 +21,7 @@ FONT = ImageFont.load_default(14)
 def main() -> None:
     with Engine.from_pretrained("pocket") as engine:
         cells = reveal(engine)
-        changed = engine.edit(cells[-1][0], EDIT, seed=SEED).images[0]
+        changed = engine.edit(cells[-1][0], EDIT, seed=EDIT_SEED).images[0]
         answer = engine.ask(changed, QUESTION).text
     save([*cells, (changed, f'edit: "{EDIT}"'), (changed, f'ask: "{QUESTION}"\n{answer}')])
 

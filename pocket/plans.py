@@ -44,7 +44,7 @@ class JointPlan:
 
 @dataclass(frozen=True)
 class DecoderPlan:
-    """Phase 5, half an hour on two CPU cores, half of it for drawing."""
+    """Phases 5 and 8, half an hour each on one CPU core, half of it for drawing."""
 
     steps: int = 3000
     batch: int = 4  # whole pictures
@@ -56,7 +56,8 @@ class DecoderPlan:
     shards: int = 14
 
 
-# Half an hour each but for phases 3 and 4, less than two hours each, on two CPU cores, and phase 6, two hours on one.
+# Half an hour each but for phases 3 and 4, less than two hours each, on two CPU cores, and phases 6 and 7, two hours and
+# an hour and a half on one.
 # Each goes on from the weights of the one before, with other data.
 PHASES: tuple[VAEPlan | JointPlan | DecoderPlan, ...] = (
     VAEPlan(),

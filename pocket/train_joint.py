@@ -1,4 +1,4 @@
-"""Phases 2 to 4, and 6: LLM, MAR and head together, on generation, edits and questions, over a frozen autoencoder."""
+"""Phases 2 to 4, 6 and 7: LLM, MAR and head together, on generation, edits and questions, over a frozen autoencoder."""
 
 from collections.abc import Callable
 from pathlib import Path
