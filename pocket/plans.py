@@ -56,9 +56,8 @@ class DecoderPlan:
     shards: int = 14
 
 
-# Half an hour each but for phases 3 and 4, less than two hours each, on two CPU cores, and phases 6 and 7, two hours and
-# an hour and a half on one.
-# Each goes on from the weights of the one before, with other data.
+# Half an hour each but for phases 3 and 4, less than two hours each, on two CPU cores, and phases 6 and 7, two hours
+# and an hour and a half on one. Each goes on from the weights of the one before, with other data.
 PHASES: tuple[VAEPlan | JointPlan | DecoderPlan, ...] = (
     VAEPlan(),
     JointPlan(steps=1100, seed=2, hint_weights=(1.0, 1.0), words_first=250),
