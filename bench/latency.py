@@ -142,7 +142,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.ballast and not options.vram:
         parser.error("--ballast needs --vram")
     if options.speed == EXACT:
-        options.iters = options.iters or ROUNDS
+        options.iters = ROUNDS if options.iters is None else options.iters
     elif options.plan:
         parser.error("--plan is of exact pictures: leave --speed out")
     if options.warm_up is None:

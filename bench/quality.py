@@ -108,16 +108,22 @@ def describe(options: argparse.Namespace, engine: Engine) -> dict[str, Any]:
         "iters": options.iters or engine.config.rounds,
         "cfg": engine.config.guidance if options.cfg is None else options.cfg,
         "head_steps": engine.config.head.steps,
-        **made_by(engine, options.model),
+        **made_by(engine),
+        "weights": weights_of(options.model),
     }
 
 
-def made_by(engine: Engine, model: str) -> dict[str, Any]:
-    """The model as it was loaded, and where; a digest of its weights, since a model is trained on under its name."""
-    files = manifest.read(cached(model) or Path(model))["files"]
+def weights_of(model: str) -> str | None:
+    """Digest of the one weights file of a converted model, since models are trained on under their names; else None."""
+    folder = cached(model) or Path(model).expanduser()
+    files = manifest.read(folder)["files"] if (folder / manifest.NAME).is_file() else {}
+    return files["model.safetensors"]["sha256"][:12] if "model.safetensors" in files else None
+
+
+def made_by(engine: Engine) -> dict[str, Any]:
+    """The model as it was loaded, and where."""
     return {
         "model": engine.name,
-        "weights": files["model.safetensors"]["sha256"][:12],
         "dtype": dtype_name(engine.dtype),
         "quant": engine.quant,
         "attention": engine.attention,

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from unipic_run.bench.checkout import require_this_checkout
-from unipic_run.bench.quality import made_by
+from unipic_run.bench.quality import made_by, weights_of
 from unipic_run.engine import families
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.errors import UsageError
@@ -58,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = {name: how for name, how in WAYS.items() if name == "exact" or not options.only or name in options.only}
     samples = draw_exam(options.each, options.seed).samples
     with Engine.from_pretrained(options.model, device=options.device, dtype=options.dtype) as engine:
-        made = {"bench": "shortcuts", "asked": len(samples), "seed": options.seed, **made_by(engine, options.model)}
+        made = {"bench": "shortcuts", "asked": len(samples), "seed": options.seed, **made_by(engine)}
+        made["weights"] = weights_of(options.model)
         series = begun(options.out, made, chosen)
         generations(engine, samples[:2], {}, options.seed)  # what comes once is nobody's price
         until = time.monotonic() + 60 * options.minutes

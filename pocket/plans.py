@@ -44,7 +44,7 @@ class JointPlan:
 
 @dataclass(frozen=True)
 class DecoderPlan:
-    """Phases 5 and 8, half an hour each on one CPU core, half of it for drawing."""
+    """Phases 5 and 8, half an hour and less on one CPU core, half of it for drawing."""
 
     steps: int = 3000
     batch: int = 4  # whole pictures

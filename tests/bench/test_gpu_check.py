@@ -67,6 +67,7 @@ def test_a_dry_run_reaches_every_part(tmp_path, uninstalled):
     assert parts["vram"]["result"]["passed"] and parts["torch-only"]["result"]["passed"]
     assert parts["batch-of-4"]["result"]["batch"] == 4 and parts["int8"]["result"]["quant"] == "int8"
     assert all(parts[f"int8-{speed}"]["result"]["speed"] == speed for speed in ("balanced", "fast"))
+    assert parts["deepgen-fast"]["result"]["speed"] == "fast"
     deepgen = {name: parts[name]["result"] for name in ("deepgen", "deepgen-bf16", "deepgen-int8", "deepgen-classes")}
     assert all("deepgen" in found["model"] and found["passed"] for found in deepgen.values())
     assert deepgen["deepgen"]["tasks"].keys() == {"edit", "ask"} and deepgen["deepgen-int8"]["quant"] == "int8"

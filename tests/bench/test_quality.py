@@ -9,6 +9,8 @@ from PIL import Image
 from unipic_run import Engine
 from unipic_run.bench import quality
 from unipic_run.engine import families
+from unipic_run.engine.checkpoint import manifest
+from unipic_run.engine.checkpoint.cache import PACKAGED
 from unipic_run.pocket.exam import CATEGORIES, Outcome, answered, draw_exam, generations
 from unipic_run.pocket.samples import SCORED
 from unipic_run.pocket.train_joint import Joint, initialise
@@ -70,6 +72,12 @@ def test_a_shorter_exam_is_the_beginning_of_a_longer_one():
     short = [sample for sample in draw_exam(3).samples if sample.category == "binding"]
     assert [sample.prompt for sample in short] == [sample.prompt for sample in long[:3]]
     assert {sample.category for sample in EXAM.samples} == set(SCORED)
+
+
+def test_a_score_says_of_which_weights_it_is(tiny_release, tmp_path):
+    held = manifest.read(PACKAGED["pocket"])["files"]["model.safetensors"]["sha256"]
+    assert quality.weights_of("pocket") == quality.weights_of(str(PACKAGED["pocket"])) == held[:12]
+    assert quality.weights_of(str(tiny_release)) is quality.weights_of("somebody/model") is None
 
 
 def test_wilson_intervals():
