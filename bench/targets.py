@@ -5,9 +5,8 @@
 
 Both are of `--tasks gen --plan` at 1024x1024. In bf16 a picture may take 1.35 times its multiplications at the rate of
 a large matrix product in the same run; in int8 half of what it takes in bf16. Both are asked of sm_89 cards and told of
-others. A line each, one JSON line last; exit status 1 for a target that an sm_89 card misses, KNOWN ones
-left out, 2 where a log has not
-what it takes. Without a CUDA device it says so and succeeds.
+others. A line each, one JSON line last; exit status 1 for a target that an sm_89 card misses (a KNOWN one only where it
+grew), 2 where a log has not what it takes. Without a CUDA device it says so and succeeds.
 """
 
 import argparse

@@ -125,9 +125,8 @@ def repeated_settings(png: str, model: str | None, speed: str | None) -> dict[st
 def _names(model: str, said: str) -> bool:
     """Whether a picture says that of this model: of a folder without its path, of a released one with a digest."""
     name = Path(model).expanduser().resolve().name
-    return said in (model, Path(model).name, name) or said.rpartition("-")[0] == "local-" + re.sub(
-        r"[^\w.-]", "_", name
-    )
+    local = "local-" + re.sub(r"[^\w.-]", "_", name)  # as hub.py names what it converts
+    return said in (model, Path(model).name, name) or said.rpartition("-")[0] == local
 
 
 def shortcuts(
