@@ -28,6 +28,7 @@ from unipic_run.bench.ops import Stopped, measured_roof, roofline, stop
 from unipic_run.bench.stopwatch import stopwatch, time_a_picture
 from unipic_run.engine.meter import Call
 from unipic_run.engine.precision import true_float32
+from unipic_run.engine.sampling import EXACT
 from unipic_run.kernels._op import HAS_TRITON, OPERATORS
 
 CAUSES = Path(__file__).with_name("causes.json")
@@ -39,7 +40,7 @@ REPEAT = 10  # timed runs of what makes the roof
 def main(arguments: list[str] | None = None) -> int:
     root = require_this_checkout(__file__)
     options = latency.parse(arguments)
-    if options.speed != latency.EXACT:
+    if options.speed != EXACT:
         sys.exit("--speed: classes of operations are timed in exact pictures, leave it out")
     with latency.load(options, root) as engine:
         summary = latency.describe(options, engine) | {"bench": "classes"}

@@ -43,12 +43,12 @@ from unipic_run.engine.device import as_device, dtype_name, memory_peak
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.errors import UnipicError, UnipicWarning
 from unipic_run.engine.outcome import Event
-from unipic_run.engine.sampling import SPEEDS
+from unipic_run.engine.sampling import EXACT, SPEEDS
 
 TOKENIZER = Path("tests/data/unipic-tiny/Qwen2.5-1.5B-Instruct/tokenizer.json")
 TASKS = ("gen", "edit", "ask")
 KINDS = {"gen": "generate", "edit": "edit"}  # of those that make pictures
-EXACT, ROUNDS = "exact", 32
+ROUNDS = 32
 PROMPT = "a red fox in deep snow at night"
 QUESTION = "What is in the picture?"
 
@@ -121,7 +121,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--random-weights", action="store_true", help="the model's architecture, no weights file")
     parser.add_argument("--res", type=int, default=1024, help="side in pixels (default 1024)")
     parser.add_argument("--iters", "--steps", type=int, help="rounds, or steps (default 32; with --speed the model's)")
-    parser.add_argument("--speed", default="exact", choices=SPEEDS, help="of pictures; a given --iters wins")
+    parser.add_argument("--speed", default=EXACT, choices=SPEEDS, help="of pictures; a given --iters wins")
     parser.add_argument("--batch", type=int, default=1, help="images made together (default 1)")
     parser.add_argument("--new-tokens", type=int, default=16, help="length of the answer (default 16)")
     parser.add_argument("--tasks", type=task_list, default=TASKS, help="of gen,edit,ask (default all)")

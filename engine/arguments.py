@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from .checks import PATCH
 from .errors import UsageError
 from .request import GPU_BATCH
-from .sampling import SAMPLED, SPED, SPEEDS, Sampling, as_sampling
+from .sampling import EXACT, SAMPLED, SPED, Sampling, as_sampling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EXACT = SPEEDS[0]
 MAX_TEXT = 16 * 2**20  # bytes of a prompt file
 REPEATED = (
     "prompt",

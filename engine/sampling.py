@@ -16,7 +16,8 @@ SOLVERS = ("ddpm", "ddim", "dpm2")  # of the diffusion head; only the first draw
 SHORTCUTS = ("head_steps", "order", "cfg_interval", "cfg_cache", "solver", "block_cache")
 SAMPLED = ("steps", "guidance", "cfg_schedule", "temperature", "negative", *SHORTCUTS)
 WHOLE_RUN = (0.0, 1.0)
-SPEEDS = ("exact", "balanced", "fast")  # the latter are sets of shortcuts, each model's own
+EXACT = "exact"
+SPEEDS = (EXACT, "balanced", "fast")  # the latter are sets of shortcuts, each model's own
 SPED = ("steps", "head_steps", "order", "cfg_cache")  # what such sets are of
 
 
@@ -37,7 +38,7 @@ class Sampling:
     cfg_cache: float | None = None  # growth of the known tokens up to which what guidance adds is kept; 1 keeps nothing
     solver: str | None = None  # of the head's denoising, of SOLVERS; ddpm by default
     block_cache: float | None = None  # relative change of the first block below which the others are not run
-    speed: str = "exact"  # of SPEEDS; decides what is not said otherwise
+    speed: str = EXACT  # of SPEEDS; decides what is not said otherwise
     batch_size: int | None = None  # images computed together; None: one on the CPU, up to four on a GPU
     preview_every: int = 0  # rounds between previews, 0 for none
 
