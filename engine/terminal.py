@@ -193,3 +193,10 @@ def printable(text: str) -> str:
 
 def gigabytes(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB"
+
+
+def terminal_of(context: Any, as_json: bool, quiet: bool = False) -> Terminal:
+    """The terminal of a command's typer context, set to what the command was asked."""
+    terminal = context.find_object(Terminal)
+    terminal.json, terminal.quiet = as_json, quiet
+    return terminal

@@ -24,6 +24,7 @@ ENGINE = (
     "checkpoint.convert",
     "engine worker loading outline choosing estimate arguments saving facts info",
     "timeline plot fits doctor",
+    "commands",
 )
 STOREY = {f"engine.{name}": height for height, names in enumerate(ENGINE) for name in names.split()}
 
