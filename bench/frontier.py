@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from unipic_run.engine.png_metadata import save_png
 
 WIDTH, HEIGHT = 1000, 620
 LEFT, RIGHT, TOP, BOTTOM = 70, 360, 92, 60  # the names are to the right
-KNOB, PRESET, CONTROL = "#5b8bb5", "#f0a24a", "#9aa5b1"
+FLOOR = HEIGHT - BOTTOM
+KNOB, PRESET, CONTROL, LINE = "#5b8bb5", "#f0a24a", "#9aa5b1", "#d5dbe1"
 DOT = 4
 APART = 9  # pixels between two dots
 Row = Mapping[str, Any]
@@ -36,52 +38,75 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Scales:
+    """Where seconds, up to `end`, and points, from `low` to `high`, are in the picture."""
+
+    end: float
+    low: int
+    high: int
+
+    def across(self, seconds: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * seconds / self.end
+
+    def up(self, points: float) -> float:
+        return FLOOR - (FLOOR - TOP) * (points - self.low) / (self.high - self.low)
+
+
 def draw(results: Sequence[Mapping[str, Any]]) -> Image.Image:
     """Every way is a numbered dot with the interval of its loss, from the cheapest on; names beside."""
     found: dict[str, Row] = {name: row for result in reversed(results) for name, row in result["ways"].items()}
     ways = sorted(found.items(), key=lambda way: way[1]["predicted"])
-    pairs = " and ".join(str(result["pictures"]) for result in results)
+    rows = [row for _, row in ways]
+    scales = Scales(
+        end=1.08 * max(row["predicted"] for row in rows),
+        low=math.floor(min(-100 * row["high"] for row in rows)),
+        high=math.ceil(max(-100 * row["low"] for row in rows)) + 1,
+    )
     image = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), PAPER)
     pen = Pen(image)
-    pen.text(LEFT, 18, f"What shortcuts cost: {pairs} pairs of pictures of the pocket model", 20, INK)
-    pen.text(
-        LEFT,
-        48,
-        "right pictures against exact sampling, in points, with 95 % intervals; dots of like seconds are moved apart",
-        13,
-        FAINT,
-    )
-    pen.text(WIDTH - RIGHT, HEIGHT - 26, "predicted seconds of UniPic at 1024x1024, int8, RTX 4090", 13, FAINT, "ra")
-    end = 1.08 * max(row["predicted"] for _, row in ways)
-    low = math.floor(min(-100 * row["high"] for _, row in ways))
-    high = math.ceil(max(-100 * row["low"] for _, row in ways)) + 1
-    floor = HEIGHT - BOTTOM
-
-    def across(seconds: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * seconds / end
-
-    def up(points: float) -> float:
-        return floor - (floor - TOP) * (points - low) / (high - low)
-
-    pen.box(LEFT, TOP, WIDTH - RIGHT, floor, PANEL)
-    step = max(1, round((high - low) / 8))
-    for points in range(-(-low // step) * step, high + 1, step):
-        pen.line(LEFT, up(points), WIDTH - RIGHT, up(points), INK if points == 0 else "#d5dbe1")
-        pen.text(LEFT - 8, up(points), f"{points:+d}" if points else "0", 13, FAINT, "rm")
-    for tenth in range(0, int(10 * end), 5):
-        pen.text(across(tenth / 10), floor + 8, f"{tenth / 10:g}", 13, FAINT, "ma")
-    spacing = min(26.0, (floor - TOP) / len(ways))
-    places = spread([across(row["predicted"]) for _, row in ways])
+    titles(pen, " and ".join(str(result["pictures"]) for result in results))
+    axes(pen, scales)
+    spacing = min(26.0, (FLOOR - TOP) / len(ways))
+    places = spread([scales.across(row["predicted"]) for row in rows])
     for number, (x, (name, row)) in enumerate(zip(places, ways, strict=True), 1):
-        y, color = up(-100 * row["lost"]), color_of(name)
-        pen.line(x, up(-100 * row["high"]), x, up(-100 * row["low"]), color, 2)
-        pen.box(x - DOT, y - DOT, x + DOT, y + DOT, color)
-        pen.text(x, up(-100 * row["low"]) - 3, str(number), 11, INK, "mb")
-        level = TOP + spacing * (number - 0.5)
-        pen.box(WIDTH - RIGHT + 18, level - DOT, WIDTH - RIGHT + 18 + 2 * DOT, level + DOT, color)
-        pen.text(WIDTH - RIGHT + 48, level, str(number), 12, INK, "rm")
-        pen.text(WIDTH - RIGHT + 58, level, f"{name}, {row['predicted']:.2f} s", 12, INK, "lm")
+        dot(pen, scales, x, row, number, color_of(name))
+        said = f"{name}, {row['predicted']:.2f} s"
+        legend(pen, TOP + spacing * (number - 0.5), number, said, color_of(name))
     return image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
+
+
+def titles(pen: Pen, pairs: str) -> None:
+    said = "right pictures against exact sampling, in points, with 95 % intervals; dots of like seconds are moved apart"
+    pen.text(LEFT, 18, f"What shortcuts cost: {pairs} pairs of pictures of the pocket model", 20, INK)
+    pen.text(LEFT, 48, said, 13, FAINT)
+    pen.text(WIDTH - RIGHT, HEIGHT - 26, "predicted seconds of UniPic at 1024x1024, int8, RTX 4090", 13, FAINT, "ra")
+
+
+def axes(pen: Pen, scales: Scales) -> None:
+    pen.box(LEFT, TOP, WIDTH - RIGHT, FLOOR, PANEL)
+    step = max(1, round((scales.high - scales.low) / 8))
+    for points in range(-(-scales.low // step) * step, scales.high + 1, step):
+        level = scales.up(points)
+        pen.line(LEFT, level, WIDTH - RIGHT, level, INK if points == 0 else LINE)
+        pen.text(LEFT - 8, level, f"{points:+d}" if points else "0", 13, FAINT, "rm")
+    for tenth in range(0, int(10 * scales.end), 5):
+        pen.text(scales.across(tenth / 10), FLOOR + 8, f"{tenth / 10:g}", 13, FAINT, "ma")
+
+
+def dot(pen: Pen, scales: Scales, x: float, row: Row, number: int, color: str) -> None:
+    """A way's gain with its interval; a gain is a loss below zero."""
+    bottom, y, top = (scales.up(-100 * row[name]) for name in ("high", "lost", "low"))
+    pen.line(x, bottom, x, top, color, 2)
+    pen.box(x - DOT, y - DOT, x + DOT, y + DOT, color)
+    pen.text(x, top - 3, str(number), 11, INK, "mb")
+
+
+def legend(pen: Pen, level: float, number: int, said: str, color: str) -> None:
+    left = WIDTH - RIGHT + 18
+    pen.box(left, level - DOT, left + 2 * DOT, level + DOT, color)
+    pen.text(left + 30, level, str(number), 12, INK, "rm")
+    pen.text(left + 40, level, said, 12, INK, "lm")
 
 
 def spread(places: Sequence[float]) -> list[float]:
