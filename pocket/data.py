@@ -28,7 +28,6 @@ from .train_vae import Autoencoder, device_of, to_input
 DRAWN = (*CATEGORIES, "counting", "position", "binding", "scene")
 ASKED = (*questions.KINDS, "count", "where", "yes or no")
 COVERS = 0.15  # share of a cell that an object must cover to be its label
-LABELS = 1 + len(SHAPES) * len(COLOURS) * len(SIZES)
 ENCODED_AT_ONCE = 16
 
 
@@ -103,6 +102,12 @@ def label(scene: Scene) -> Tensor:
 def _kind(figure: Figure) -> int:
     look = SHAPES.index(figure.shape) * len(COLOURS) + tuple(COLOURS).index(figure.colour)
     return 1 + look * len(SIZES) + tuple(SIZES).index(figure.size)
+
+
+def looks(kinds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The indices of shape, colour and size that a cell's label stands for; of no object they mean nothing."""
+    look = (kinds - 1).div(len(SIZES), rounding_mode="floor")
+    return look // len(COLOURS), look % len(COLOURS), (kinds - 1) % len(SIZES)
 
 
 def _covered(figure: Figure) -> np.ndarray:

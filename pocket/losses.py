@@ -6,45 +6,51 @@ N predicted ones, S the longest prompt.
 """
 
 import math
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..engine.layers.timesteps import timestep_features
-from ..engine.models.unipic.head import DiffusionHead
 from ..engine.models.unipic.mar import all_visible, buffers_first, buffers_last
 from ..engine.models.unipic.model import UniPic
 from ..engine.models.unipic.prompts import IMAGE, turn
-from ..engine.schedules import cosine_betas
 from ..engine.tokens import Tokens
 from ..kernels.mar_tokens import select_tokens
 from .batches import Answers, Pictures, Seen, Words
-from .data import LABELS
-from .scenes import BACKGROUNDS
+from .data import looks
+from .head_losses import head_losses, weighted_mean
+from .scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES
 from .sitting import Losses
 
 VARIANCE_WEIGHT = 1.0  # of one timestep's term, a thousandth of the whole bound
-DRAWS = 4  # noise levels per token
-LEVELS = 64  # timesteps a step; each is embedded once
 PREDICTED = 32  # tokens a picture at most
 
 
 class Named(nn.Module):
-    """Which object a cell shows, and the background, read linearly from features."""
+    """Whether a cell shows an object, its shape, colour and size, and the background, each read linearly from features.
+
+    One by one: a class for every combination would learn that those held out do not exist.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.objects, self.ground = nn.Linear(width, LABELS), nn.Linear(width, len(BACKGROUNDS))
+        options = {"object": 2, "ground": len(BACKGROUNDS)}
+        options |= {"shape": len(SHAPES), "colour": len(COLOURS), "size": len(SIZES)}
+        self.read = nn.ModuleDict({name: nn.Linear(width, count) for name, count in options.items()})
 
     def forward(self, features: Tensor, labels: Tensor, at: Tensor) -> Tensor:
-        """Cross-entropy of features (B, N, D) of the cells `at` (B, N); labels (B, n + 1)."""
-        objects = labels[:, :-1].gather(1, at)
-        ground = labels[:, -1:].expand_as(at)
-        return F.cross_entropy(self.objects(features).flatten(0, 1), objects.flatten()) + F.cross_entropy(
-            self.ground(features).flatten(0, 1), ground.flatten()
-        )
+        """Cross-entropy of features (B, N, D) of the cells `at` (B, N), looks of objects alone; labels (B, n + 1)."""
+        kinds = labels[:, :-1].gather(1, at)
+        shows = kinds > 0
+        asked = {"object": shows.long(), "ground": labels[:, -1:].expand_as(at)}
+        asked |= dict(zip(("shape", "colour", "size"), looks(kinds.clamp(min=1)), strict=True))
+        missed = {
+            name: F.cross_entropy(self.read[name](features).transpose(1, 2), asked[name], reduction="none")
+            for name in asked
+        }
+        of_looks = sum(weighted_mean(missed[name], shows.float()) for name in ("shape", "colour", "size"))
+        return missed["object"].mean() + missed["ground"].mean() + of_looks
 
 
 class Hints(nn.Module):
@@ -131,8 +137,33 @@ def conditions(
     return model.mar_decoder(x, visible, predicted, base, *model.mar_decoder.positions(side, side)), x_con
 
 
+def chosen(masked: Tensor, shows: Tensor) -> tuple[Tensor, Tensor]:
+    """Which PREDICTED of the masked cells (B, M), in random order, are learned from: (B, N), ascending, with weights.
+
+    Of cells that show an object half as many as there is room for, so that pictures are not mostly learned from plain
+    ground; the weights (B, N) are how many cells of its sort, object or ground, one stands for. shows (B, n).
+    """
+    of = shows.gather(1, masked)
+    room = min(masked.shape[1], PREDICTED)
+    early = of & (of.cumsum(1) <= room // 2)
+    first = (~early).long().argsort(dim=1, stable=True)[:, :room]
+    predicted = masked.gather(1, first).sort(dim=1).values
+    taken = shows.gather(1, predicted)
+
+    def share(sort: Tensor, all_of: Tensor) -> Tensor:
+        return all_of.sum(1, keepdim=True) / sort.sum(1, keepdim=True).clamp(min=1)
+
+    return predicted, torch.where(taken, share(taken, of), share(~taken, ~of))
+
+
 def picture_losses(
-    model: UniPic, hints: Hints, tokens: Tokens, batch: Pictures, share: float, noise: torch.Generator
+    model: UniPic,
+    hints: Hints,
+    tokens: Tokens,
+    batch: Pictures,
+    share: float,
+    noise: torch.Generator,
+    object_weight: float = 1.0,
 ) -> Losses:
     """Losses of a generation or an edit with about `share` of the tokens masked."""
     latents, labels = batch.made.latents, batch.made.labels
@@ -140,74 +171,18 @@ def picture_losses(
     masked = max(1, math.ceil(share * n))
     order = torch.rand(rows, n, generator=noise).argsort(dim=1).to(latents.device)
     visible = order[:, masked:].sort(dim=1).values
-    predicted = order[:, : min(masked, PREDICTED)].sort(dim=1).values
+    shows = labels[:, :-1] > 0
+    predicted, weights = chosen(order[:, :masked], shows)
+    weights = torch.where(shows.gather(1, predicted), object_weight, 1.0) * weights
     sources = batch.source and batch.source.latents
     z, x_con = conditions(model, tokens, batch.words, sources, latents, visible, predicted)
     made = select_tokens(latents, predicted)
-    losses = head_losses(model.head, z.flatten(0, 1), made.flatten(0, 1), noise)
+    losses = head_losses(model.head, z.flatten(0, 1), made.flatten(0, 1), weights.flatten(), noise)
     losses["hint"] = hints.foreseen(z, labels, predicted)
     if batch.source is not None:
         losses |= hints.of_picture(x_con, batch.source)
-        losses["copy"] = losses["copy"] + F.mse_loss(hints.made(z), made)
+        losses["copy"] = losses["copy"] + weighted_mean((hints.made(z) - made).square().mean(-1), weights)
     return losses
-
-
-def head_losses(head: DiffusionHead, z: Tensor, x: Tensor, noise: torch.Generator) -> Losses:
-    """Error of the predicted noise, and the bound's term for its variance; z (N, D), x (N, C).
-
-    As in Improved DDPM (arXiv 2102.09672) the variance does not move the mean. Random numbers are the CPU's, so that
-    they are the same on every device.
-    """
-    config, device = head.config, x.device
-    process = process_of(config.train_steps, config.max_beta, device)
-    levels = stratified(LEVELS, config.train_steps, noise).to(device)  # (T)
-    embedded = head.time_embed(timestep_features(levels, config.frequencies))
-    which = torch.randint(LEVELS, (DRAWS * len(x),), generator=noise).to(device)
-    t = levels[which]
-    clean = x.repeat(DRAWS, 1)
-    true = torch.randn(clean.shape, generator=noise).to(device)
-    noisy = process.signal[t] * clean + process.noise[t] * true
-    eps, v = head(noisy, embedded[which], head.cond_embed(z).repeat(DRAWS, 1)).chunk(2, dim=-1)
-    return {"noise": F.mse_loss(eps, true), "variance": process.bound(clean, noisy, eps.detach(), v, t)}
-
-
-def stratified(count: int, steps: int, noise: torch.Generator) -> Tensor:
-    """`count` timesteps, one from each equal part of the schedule."""
-    spread = (torch.arange(count) + torch.rand(count, generator=noise)) * steps / count
-    return spread.long().clamp(max=steps - 1)
-
-
-class Process:
-    """The full noising process; tensors (steps, 1) float32."""
-
-    def __init__(self, steps: int, max_beta: float, device: torch.device) -> None:
-        betas = cosine_betas(steps, max_beta)
-        kept = torch.cumprod(1 - betas, 0)
-        before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
-        variance = betas * (1 - before) / (1 - kept)
-        variance[0] = variance[1]  # as the sampler does
-
-        def column(values: Tensor) -> Tensor:
-            return values.float()[:, None].to(device)
-
-        self.signal, self.noise = column(kept.sqrt()), column((1 - kept).sqrt())
-        self.least, self.most = column(variance.log()), column(betas.log())
-        self.c1 = column(betas * before.sqrt() / (1 - kept))
-        self.c2 = column((1 - before) * (1 - betas).sqrt() / (1 - kept))
-
-    def bound(self, clean: Tensor, noisy: Tensor, eps: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        """Mean KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in bits."""
-        guess = (noisy - self.noise[t] * eps) / self.signal[t]
-        between = self.c1[t] * (clean - guess)  # of the two means
-        f = (v + 1) / 2
-        log_variance = f * self.most[t] + (1 - f) * self.least[t]
-        kl = 0.5 * (log_variance - self.least[t] - 1 + (self.least[t] - log_variance).exp())
-        return (kl + 0.5 * between.square() * (-log_variance).exp()).mean() / math.log(2)
-
-
-@cache
-def process_of(steps: int, max_beta: float, device: torch.device) -> Process:
-    return Process(steps, max_beta, device)
 
 
 def answer_losses(model: UniPic, hints: Hints, tokens: Tokens, batch: Answers) -> Losses:
@@ -216,20 +191,29 @@ def answer_losses(model: UniPic, hints: Hints, tokens: Tokens, batch: Answers) -
     The questions about one picture stand behind it in one sequence: each sees the picture and itself, as if alone.
     """
     x_con, image = looked_at(model, tokens, batch.seen.latents)
-    asked = model.embed(batch.words.ids)  # (B K, L, H)
-    (pictures, seen, width), (questions, length) = image.shape, batch.words.ids.shape
-    each = questions // pictures
-    at = torch.arange(seen + each * length, device=image.device)
-    number = (at - seen).div(length, rounding_mode="floor")  # of the question; below zero for the picture
-    positions = torch.where(at < seen, at, seen + (at - seen) % length)
-    mask = (positions[:, None] >= positions) & ((number < 0) | (number[:, None] == number))
-    x = torch.cat([image, asked.view(pictures, -1, width)], dim=1)
-    hidden = read(model, x, positions[None], mask[None, None])[:, seen:].reshape(asked.shape)
-    answers = batch.words.answers
-    before = hidden[:, :-1][answers[:, 1:]]  # what each answer word follows; a row begins with the question
-    logits = F.linear(before, model.embed.weight)
-    said = F.cross_entropy(logits, batch.words.ids[answers])
-    return {"answer": said, **hints.of_picture(x_con, batch.seen)}
+    pictures, seen, _ = image.shape
+    ids, answers, number, place = packed(batch.words, pictures)
+    before = torch.arange(seen, device=image.device).expand(pictures, -1)
+    positions = torch.cat([before, seen + place], dim=1)
+    number = torch.cat([torch.full_like(before, -1), number], dim=1)  # the picture's is below zero
+    own = (number[:, None] < 0) | (number[:, :, None] == number[:, None])
+    mask = own & (positions[:, :, None] >= positions[:, None])
+    hidden = read(model, torch.cat([image, model.embed(ids)], dim=1), positions, mask[:, None])[:, seen:]
+    logits = F.linear(hidden[:, :-1][answers[:, 1:]], model.embed.weight)  # a row begins with a question, not an answer
+    return {"answer": F.cross_entropy(logits, ids[answers]), **hints.of_picture(x_con, batch.seen)}
+
+
+def packed(words: Words, pictures: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(ids, whether one is an answer's, number of its question, place in it) of each picture's questions without pads.
+
+    All (B, T) for B pictures; shorter rows end in pads, which come behind the words of their question.
+    """
+    length = words.ids.shape[1]
+    real = torch.arange(length, device=words.ids.device) < words.lengths[:, None]
+    real = real.view(pictures, -1)
+    kept = (~real).long().argsort(dim=1, stable=True)[:, : int(real.sum(1).max())]
+    ids, answers = (x.view(pictures, -1).gather(1, kept) for x in (words.ids, words.answers))
+    return ids, answers, kept.div(length, rounding_mode="floor"), kept % length
 
 
 def masked_share(step: int, words_first: int) -> float:

@@ -29,6 +29,8 @@ class JointPlan:
     hint_weights: tuple[float, float]  # at the first step and at the last, linear between
     words_first: int  # steps with every token masked, before steps with other shares
     copy_weight: float = 0.0
+    answer_weight: float = 0.3
+    object_weights: tuple[float, float] = (1.0, 1.0)  # of cells that show one, likewise at the first and last step
     pictures: int = 28  # a step
     edits: int = 6  # every other step
     answers: int = 8  # pictures that are asked about, in the steps between
@@ -44,7 +46,7 @@ class JointPlan:
 
 @dataclass(frozen=True)
 class DecoderPlan:
-    """Phases 5 and 8, half an hour and less on one CPU core, half of it for drawing."""
+    """Half an hour and less on one CPU core, half of it for drawing."""
 
     steps: int = 3000
     batch: int = 4  # whole pictures
@@ -56,8 +58,7 @@ class DecoderPlan:
     shards: int = 14
 
 
-# Half an hour each but for phases 3 and 4, less than two hours each, on two CPU cores, and phases 6 and 7, two hours
-# and an hour and a half on one. Each goes on from the weights of the one before, with other data.
+# Each goes on from the weights of the one before, with other data. What each took is in docs/pocket.md.
 PHASES: tuple[VAEPlan | JointPlan | DecoderPlan, ...] = (
     VAEPlan(),
     JointPlan(steps=1100, seed=2, hint_weights=(1.0, 1.0), words_first=250),
@@ -94,4 +95,22 @@ PHASES: tuple[VAEPlan | JointPlan | DecoderPlan, ...] = (
         shard=Sizes(scenes=256, edits=256),
     ),
     DecoderPlan(steps=2000, seed=8, shards=10),
+    JointPlan(
+        steps=2900,
+        seed=9,
+        hint_weights=(0.5, 0.0),
+        words_first=0,
+        copy_weight=1.0,
+        answer_weight=0.6,
+        object_weights=(3.0, 1.0),
+        pictures=20,
+        edits=20,
+        answers=8,
+        questions=24,
+        rate=8e-4,
+        matrix_rate=0.004,
+        decay=0.8,
+        shard=Sizes(scenes=256, edits=256),
+    ),
+    DecoderPlan(steps=2000, seed=10, shards=10),
 )

@@ -12,8 +12,8 @@ from .split import held_out
 
 Split = Literal["train", "test"]
 
-CATEGORIES = ("single object", "two objects", "counting", "colour", "position", "binding", "scene")
-SCORED = CATEGORIES[:-1]  # those of GenEval
+SCORED = ("single object", "two objects", "counting", "colour", "position", "binding")  # GenEval's
+CATEGORIES = (*SCORED, "scene", "groups")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Sample:
 def sample(rng: Generator, category: str, split: Split) -> Sample:
     """One sample of a category. A training sample neither names nor shows what is held out, a test one names it.
 
-    A "scene" stands anywhere, and its prompt says everything.
+    A "scene" stands anywhere, and its prompt says everything; "groups" are several objects in a relation.
     """
     free = category == "scene"
     while True:
@@ -65,6 +65,12 @@ def propose(rng: Generator, category: str) -> Spec:
         return Spec(draw.groups(2, colour=1.0, size=0.3), None, draw.background(0.2))
     if category == "scene":
         return draw.scene()
+    if category == "groups":
+        first, second = draw.groups(2, colour=0.8, size=0.1)
+        count = int(rng.integers(2, MOST))
+        first, second = replace(first, count=count), replace(second, count=int(rng.integers(1, MOST + 1 - count)))
+        pair = (first, second) if draw.chance(0.5) else (second, first)
+        return Spec(pair, pick(rng, tuple(RELATIONS)), draw.background(0.2))
     raise ValueError(f"unknown category {category!r}: use one of {', '.join(CATEGORIES)}")
 
 

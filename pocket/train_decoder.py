@@ -1,4 +1,4 @@
-"""Phases 5 and 8: the decoder again, on tokens that the model drew.
+"""The decoder phases: the decoder again, on tokens that the model drew.
 
 Part of a painted picture's tokens are drawn anew by the model in view of the others, which tell it where everything
 stands; the decoder learns to make the painted picture of them. So it sees the errors that the diffusion head makes,

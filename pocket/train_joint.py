@@ -1,4 +1,4 @@
-"""Phases 2 to 4, 6 and 7: LLM, MAR and head together, on generation, edits and questions, over a frozen autoencoder."""
+"""The joint phases: LLM, MAR and head together, on generation, edits and questions, over a frozen autoencoder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,6 @@ from .plans import JointPlan
 from .sitting import Losses, Plan, Run, generator, sit
 from .train_vae import Autoencoder
 
-ANSWER_WEIGHT = 0.3
 EDIT_SHIFT = 0.37  # the edits' masked share is another than the generations' of the same step
 
 
@@ -32,10 +31,13 @@ class Joint(nn.Module):
 
 
 def initialise(joint: Joint, seed: int) -> None:
-    """Xavier matrices; modulations and the head's last layer zero, so that each of its blocks starts as nothing."""
+    """Xavier matrices; modulations and the head's last layer zero, so that each of its blocks starts as nothing.
+
+    Teachers start at zero too: what they have not learned yet must not move the model.
+    """
     noise = generator(seed, 0)
     for name, p in joint.trained().items():
-        if "modulation" in name or "head.final" in name or name.endswith("bias"):
+        if any(part in name for part in ("modulation", "head.final", "hints.")) or name.endswith("bias"):
             nn.init.zeros_(p)
         elif name.endswith(("pos_embed", "fake_latent", "mask_token", "embed.weight")) and "decoder.embed" not in name:
             nn.init.normal_(p, 0, 0.02 if "diffusion" in name else 0.1, noise)
@@ -49,11 +51,12 @@ def joint_losses(joint: Joint, tokens: Tokens, plan: JointPlan, draw: Draw, step
     """The sum over pictures and, by turns, edits or answers, and its parts."""
     noise = generator(plan.seed, step)
     model, hints = joint.model, joint.hints
-    first, last = plan.hint_weights
-    hint_weight = first + (last - first) * step / plan.steps
+    hint_weight, object_weight = (
+        first + (last - first) * step / plan.steps for first, last in (plan.hint_weights, plan.object_weights)
+    )
 
     def of_pictures(batch: Pictures, share: float) -> tuple[Tensor, Losses]:
-        found = picture_losses(model, hints, tokens, batch, share, noise)
+        found = picture_losses(model, hints, tokens, batch, share, noise, object_weight)
         return found["noise"] + VARIANCE_WEIGHT * found["variance"] + hint_weight * found["hint"], found
 
     total, losses = of_pictures(draw.pictures(plan.pictures), masked_share(step, plan.words_first))
@@ -69,7 +72,7 @@ def joint_losses(joint: Joint, tokens: Tokens, plan: JointPlan, draw: Draw, step
         }
     else:
         losses |= answer_losses(model, hints, tokens, draw.answers(plan.answers, plan.questions))
-        total = total + 2 * ANSWER_WEIGHT * losses["answer"]
+        total = total + 2 * plan.answer_weight * losses["answer"]
     total = total + plan.copy_weight * losses["copy"] + hint_weight * losses["shown"]
     return {"loss": total} | {name: value.detach() for name, value in losses.items()}
 

@@ -67,6 +67,13 @@ def test_training_holds_every_primitive():
     assert min(seen[value] for value in (*SHAPES, *COLOURS, *PLACES, *RELATIONS)) >= 10
 
 
+def test_groups_are_several_objects_in_a_relation():
+    drawn = [sample(np.random.default_rng(i), "groups", "train") for i in range(200)]
+    counts = Counter(tuple(group.count for group in one.spec.groups) for one in drawn)
+    assert set(counts) == {(2, 1), (1, 2), (2, 2), (3, 1), (1, 3)} and min(counts.values()) >= 10
+    assert all(one.spec.relation for one in drawn)
+
+
 def test_a_fifth_is_held_out_evenly():
     links = (None, "and", *RELATIONS, *PLACES)
     every = [(s, c, link, n) for s in SHAPES for c in COLOURS for link in links for n in (1, 2, 3, 4)]

@@ -17,12 +17,13 @@ from unipic_run.engine.task import Batch, Task
 from unipic_run.engine.tokens import Tokens
 from unipic_run.pocket.batches import Answers, Draw, Seen, words_of
 from unipic_run.pocket.config import GRID, pocket_config
-from unipic_run.pocket.data import Shard, label
+from unipic_run.pocket.data import Shard, label, looks
 from unipic_run.pocket.export import export
-from unipic_run.pocket.losses import Hints, answer_losses, conditions
+from unipic_run.pocket.losses import PREDICTED, Hints, Named, answer_losses, chosen, conditions, packed
 from unipic_run.pocket.muon import orthogonal
 from unipic_run.pocket.plans import DecoderPlan, JointPlan, Sizes, VAEPlan
 from unipic_run.pocket.samples import sample
+from unipic_run.pocket.scenes import COLOURS, SHAPES, SIZES
 from unipic_run.pocket.sitting import Plan, Run, generator, sit
 from unipic_run.pocket.tokenizer import END, UNKNOWN, pocket_tokenizer
 from unipic_run.pocket.train_decoder import SHARES, redrawn, train_decoder
@@ -152,6 +153,73 @@ def test_labels_name_what_a_cell_shows():
     labels, figure = label(scene), scene.figures[0]
     assert labels[int(figure.y) // 16 * GRID + int(figure.x) // 16] > 0
     assert len(set(labels[:-1].tolist())) == 2  # nothing, and the one object
+
+
+def test_a_label_can_be_taken_apart():
+    for i in range(20):
+        scene = sample(np.random.default_rng(i), "single object", "train").scene
+        shape, colour, size = (int(part.unique().item()) for part in looks(label(scene)[:-1].unique()[1:]))
+        assert (SHAPES[shape], tuple(COLOURS)[colour], tuple(SIZES)[size]) == scene.figures[0].look[:3]
+
+
+def test_a_teacher_that_has_learned_nothing_moves_nothing(config):
+    joint = Joint(config)
+    initialise(joint, 0)
+    features = torch.randn(2, GRID**2, config.mar.width, requires_grad=True)
+    drawn = [sample(np.random.default_rng(i), "scene", "train").scene for i in range(2)]
+    at = torch.arange(GRID**2).expand(2, -1)
+    joint.hints.foreseen(features, torch.stack([label(scene) for scene in drawn]), at).backward()
+    assert not features.grad.any()
+    assert all(reader.weight.grad.any() for reader in joint.hints.foreseen.read.values())
+
+
+def test_a_teacher_is_right_where_features_say_what_is_there():
+    """One-hot features, read by ones: no look is asked of cells without an object."""
+    scene = sample(np.random.default_rng(3), "single object", "train").scene
+    labels, named = label(scene)[None], Named(2)
+    shows = labels[:, :-1] > 0
+    for name, reader in named.read.items():
+        torch.nn.init.zeros_(reader.weight)
+        torch.nn.init.zeros_(reader.bias)
+        figure = scene.figures[0]
+        right = {"shape": SHAPES.index(figure.shape), "colour": tuple(COLOURS).index(figure.colour)}
+        right |= {"size": tuple(SIZES).index(figure.size), "ground": int(labels[0, -1])}
+        if name == "object":
+            reader.weight.data += torch.tensor([[50.0, 0.0], [0.0, 50.0]])
+        else:
+            reader.weight.data[right[name]] += torch.tensor([50.0 if name == "ground" else -50.0, 50.0])
+    features = torch.stack([~shows, shows], dim=-1).float()
+    assert named(features, labels, torch.arange(GRID**2)[None]) < 1e-6
+
+
+def test_objects_are_learned_from_more_often_and_weigh_what_they_stand_for():
+    noise, shows = generator(4, 0), torch.zeros(3, 64, dtype=torch.bool)
+    shows[0, :8] = shows[1, :40] = True  # few cells, many, none
+    values, total, draws = torch.randn(3, 64, generator=noise), torch.zeros(3), 1500
+    for _ in range(draws):
+        masked = torch.rand(3, 64, generator=noise).argsort(dim=1)
+        predicted, weights = chosen(masked, shows)
+        assert predicted.shape == (3, PREDICTED) and (predicted.diff(dim=1) > 0).all()
+        counts = shows.gather(1, predicted).sum(1)
+        assert counts[0] == 8 and counts[1] >= PREDICTED // 2 and counts[2] == 0
+        torch.testing.assert_close(weights.sum(1), torch.full((3,), 64.0))
+        total += (weights * values.gather(1, predicted)).sum(1)
+    torch.testing.assert_close(total / draws, values.sum(1), atol=1.0, rtol=0.0)
+    few, weights = chosen(masked[:, :5], shows)
+    assert torch.equal(few, masked[:, :5].sort(dim=1).values) and (weights == 1).all()
+
+
+def test_questions_about_one_picture_stand_without_pads(tokens):
+    words = words_of(tokens, ["what?", "where is the ring?", "count the stars", "what?"], ["blue", "left", "two", "a"])
+    ids, answers, number, place = packed(words, 2)
+    totals = words.lengths.view(2, 2).sum(1)
+    assert ids.shape[1] == totals.max() and totals[0] != totals[1]
+    for row, total in enumerate(totals.tolist()):
+        rows = words.ids[2 * row : 2 * row + 2]
+        expected = torch.cat([r[:n] for r, n in zip(rows, words.lengths[2 * row :].tolist(), strict=False)])
+        assert torch.equal(ids[row, :total], expected)
+        assert torch.equal(rows[number[row], place[row]], ids[row])
+    assert answers.sum() == words.answers.sum()
 
 
 @pytest.fixture(scope="module")
