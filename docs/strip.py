@@ -9,10 +9,10 @@ from PIL import Image, ImageDraw, ImageFont
 from unipic_run import Engine
 from unipic_run.engine.outcome import Event
 
-PROMPT = "a purple star to the left of a red circle"
-EDIT = "make the star yellow"
+PROMPT = "two blue stars above a red circle"
+EDIT = "add a small green square in the middle"
 QUESTION = "how many stars are there?"
-SEED, EDIT_SEED = 3, 6
+SEED, EDIT_SEED = 8, 0
 PREVIEWS = 3
 SIDE, GAP, CAPTION = 160, 12, 64  # pixels
 FONT = ImageFont.load_default(14)
