@@ -220,8 +220,13 @@ def ask(
         terminal.line(row["text"])
 
 
-for command in (plan, pull, convert, verify, list_models, info, doctor):
-    app.command(command.__name__.removesuffix("_models"))(command)
+app.command()(plan)
+app.command()(pull)
+app.command()(convert)
+app.command()(verify)
+app.command("list")(list_models)
+app.command()(info)
+app.command()(doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

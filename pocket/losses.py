@@ -40,7 +40,10 @@ class Named(nn.Module):
         self.read = nn.ModuleDict({name: nn.Linear(width, count) for name, count in options.items()})
 
     def forward(self, features: Tensor, labels: Tensor, at: Tensor) -> Tensor:
-        """Cross-entropy of features (B, N, D) of the cells `at` (B, N), looks of objects alone; labels (B, n + 1)."""
+        """Cross-entropy of features (B, N, D) of the cells `at` (B, N), looks of objects alone; labels (B, n + 1).
+
+        All cells given count the same: what is learned is to tell them apart, not how many there are.
+        """
         kinds = labels[:, :-1].gather(1, at)
         shows = kinds > 0
         asked = {"object": shows.long(), "ground": labels[:, -1:].expand_as(at)}
@@ -140,8 +143,9 @@ def conditions(
 def chosen(masked: Tensor, shows: Tensor) -> tuple[Tensor, Tensor]:
     """Which PREDICTED of the masked cells (B, M), in random order, are learned from: (B, N), ascending, with weights.
 
-    Of cells that show an object half as many as there is room for, so that pictures are not mostly learned from plain
-    ground; the weights (B, N) are how many cells of its sort, object or ground, one stands for. shows (B, n).
+    Cells that show an object come first, up to half of the room, so that pictures are not mostly learned from plain
+    ground; the weights (B, N) are how many cells of its sort, object or ground, one stands for. shows (B, n). Where
+    a picture is all but full of objects no ground may be left to stand for ground; none of ours is.
     """
     of = shows.gather(1, masked)
     room = min(masked.shape[1], PREDICTED)

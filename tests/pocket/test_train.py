@@ -15,10 +15,12 @@ from unipic_run.engine.noise import PhiloxNoise
 from unipic_run.engine.schedules import reveal_rounds
 from unipic_run.engine.task import Batch, Task
 from unipic_run.engine.tokens import Tokens
+from unipic_run.pocket import losses
 from unipic_run.pocket.batches import Answers, Draw, Seen, words_of
 from unipic_run.pocket.config import GRID, pocket_config
 from unipic_run.pocket.data import Shard, label, looks
 from unipic_run.pocket.export import export
+from unipic_run.pocket.head_losses import head_losses
 from unipic_run.pocket.losses import PREDICTED, Hints, Named, answer_losses, chosen, conditions, packed
 from unipic_run.pocket.muon import orthogonal
 from unipic_run.pocket.plans import DecoderPlan, JointPlan, Sizes, VAEPlan
@@ -27,7 +29,7 @@ from unipic_run.pocket.scenes import COLOURS, SHAPES, SIZES
 from unipic_run.pocket.sitting import Plan, Run, generator, sit
 from unipic_run.pocket.tokenizer import END, UNKNOWN, pocket_tokenizer
 from unipic_run.pocket.train_decoder import SHARES, redrawn, train_decoder
-from unipic_run.pocket.train_joint import Joint, initialise, train_joint
+from unipic_run.pocket.train_joint import Joint, initialise, joint_losses, train_joint
 from unipic_run.pocket.train_vae import Autoencoder, crops, judge_vae, train_vae, vae_losses
 from unipic_run.pocket.vocabulary import vocabulary
 
@@ -207,6 +209,44 @@ def test_objects_are_learned_from_more_often_and_weigh_what_they_stand_for():
     torch.testing.assert_close(total / draws, values.sum(1), atol=1.0, rtol=0.0)
     few, weights = chosen(masked[:, :5], shows)
     assert torch.equal(few, masked[:, :5].sort(dim=1).values) and (weights == 1).all()
+
+
+def test_only_tokens_with_weight_move_the_head(random_model):
+    """In several noise levels each, so a weight that went to another token would show."""
+    z, x = (torch.randn(6, width, generator=generator(5, i)) for i, width in enumerate((32, 16)))
+    z.requires_grad_()
+    weights = torch.tensor([0.0, 0.0, 0.0, 2.0, 0.0, 0.0])
+    found = head_losses(random_model.head, z, x, weights, generator(5, 2))
+    (found["noise"] + found["variance"]).backward()
+    assert z.grad.any(dim=1).tolist() == (weights > 0).tolist()
+
+
+def test_the_weights_of_a_plan_reach_what_they_weigh(config, vae, tokens, monkeypatch):
+    """Tokens are one where an object shows and zero elsewhere, so that the head's side can tell them."""
+    joint, shard, weighed = Joint(config), Shard(2, 0, Sizes(scenes=4, edits=4)).encode(vae, 1.0, None), []
+    initialise(joint, 0)
+    for name, labels in (("latents", "labels"), ("sources", "source_labels"), ("targets", "target_labels")):
+        shows = getattr(shard, labels)[:, :-1, None] > 0
+        setattr(shard, name, shows.float().expand(-1, -1, 16))
+
+    def recorded(head, z, x, weights, noise):
+        weighed.append((x[:, 0], weights))
+        return head_losses(head, z, x, weights, noise)
+
+    def taken(step, **changes):
+        plan = replace(TINY_PLAN, pictures=4, edits=4, copy_weight=0.5, answer_weight=0.25, **changes)
+        draw = Draw(np.random.default_rng(1), [shard], tokens, torch.device("cpu"))
+        weighed.clear()
+        return joint_losses(joint, tokens, plan, draw, step), list(weighed)
+
+    monkeypatch.setattr(losses, "head_losses", recorded)
+    plain, heavy = (taken(1, object_weights=weights)[1] for weights in ((1.0, 1.0), (5.0, 1.0)))
+    assert len(plain) == len(heavy) == 2  # pictures and edits, in the second of four steps
+    for (shows, once), (_, more) in zip(plain, heavy, strict=True):
+        assert shows.any() and torch.equal(more, torch.where(shows > 0, 4.0, 1.0) * once)
+    found, _ = taken(2, hint_weights=(0.0, 0.0))
+    parts = found["noise"] + found["variance"] + 2 * 0.25 * found["answer"] + 0.5 * found["copy"]
+    torch.testing.assert_close(found["loss"], parts)
 
 
 def test_questions_about_one_picture_stand_without_pads(tokens):
