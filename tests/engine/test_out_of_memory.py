@@ -90,6 +90,7 @@ def test_answers_go_on_behind_what_was_given(tiny_engine, under, monkeypatch, na
 
 def test_a_stream_says_nothing_twice(tiny_engine, under, monkeypatch):
     expected, engine = "".join(tiny_engine.ask(PHOTO, "what?", stream=True, **ASKED)), under(2**40)
+    engine.ask(PHOTO, "what?", **ASKED)  # what it needs is known now
     calls, pieces = failing(monkeypatch, engine.loaded.family, "next_logits", at=[2, 7]), []
     with going_on(2):
         for piece in engine.ask(PHOTO, "what?", stream=True, **ASKED):
@@ -104,6 +105,11 @@ def test_nothing_of_what_failed_is_held_when_weights_move(under, monkeypatch, na
     family, less = engine.loaded.family, engine.placing.less
     work = getattr(family, name)
 
+    def asked():
+        engine.generate("a red fox", **HOW) if name == "condition" else engine.ask(PHOTO, "what?", **ASKED)
+
+    asked()  # what it needs is known now
+
     def remembered(*arguments, **options):
         found = work(*arguments, **options)
         made.append(weakref.ref(found))
@@ -117,7 +123,7 @@ def test_nothing_of_what_failed_is_held_when_weights_move(under, monkeypatch, na
     monkeypatch.setattr(family, name, remembered)
     failing(monkeypatch, family, "decode" if name == "condition" else "next_logits", at=[1])
     with going_on(1):
-        engine.generate("a red fox", **HOW) if name == "condition" else engine.ask(PHOTO, "what?", **ASKED)
+        asked()
     assert alive == [False] and len(made) == 2
 
 
@@ -184,6 +190,7 @@ def test_without_a_budget_it_ends_in_an_error_and_the_engine_stays_usable(tiny_e
 
 def test_where_no_smaller_way_is_left_it_says_what_was_tried(under, monkeypatch):
     engine = under(2**40)
+    engine.ask(PHOTO, "what?", **ASKED)  # what it needs is known now
     failing(monkeypatch, engine.loaded.family, "next_logits", at=range(1000))
     with pytest.warns(UnipicWarning, match="going on with"), pytest.raises(BudgetError, match="in the smallest way"):
         engine.ask(PHOTO, "what?", **ASKED)
