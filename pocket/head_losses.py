@@ -57,7 +57,6 @@ class Process:
         self.signal, self.noise = column(kept.sqrt()), column((1 - kept).sqrt())
         self.least, self.most = column(variance.log()), column(betas.log())
         self.c1 = column(betas * before.sqrt() / (1 - kept))
-        self.c2 = column((1 - before) * (1 - betas).sqrt() / (1 - kept))
 
     def bound(self, clean: Tensor, noisy: Tensor, eps: Tensor, v: Tensor, t: Tensor) -> Tensor:
         """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in bits, the mean of a token's channels (N)."""

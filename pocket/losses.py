@@ -140,12 +140,13 @@ def conditions(
     return model.mar_decoder(x, visible, predicted, base, *model.mar_decoder.positions(side, side)), x_con
 
 
-def chosen(masked: Tensor, shows: Tensor) -> tuple[Tensor, Tensor]:
+def chosen(masked: Tensor, shows: Tensor, object_weight: float) -> tuple[Tensor, Tensor]:
     """Which PREDICTED of the masked cells (B, M), in random order, are learned from: (B, N), ascending, with weights.
 
     Cells that show an object come first, up to half of the room, so that pictures are not mostly learned from plain
-    ground; the weights (B, N) are how many cells of its sort, object or ground, one stands for. shows (B, n). Where
-    a picture is all but full of objects no ground may be left to stand for ground; none of ours is.
+    ground; the weights (B, N) are how many cells of its sort, object or ground, one stands for, times `object_weight`
+    for an object. shows (B, n). Where a picture is all but full of objects no ground may be left to stand for ground;
+    none of ours is.
     """
     of = shows.gather(1, masked)
     room = min(masked.shape[1], PREDICTED)
@@ -157,7 +158,7 @@ def chosen(masked: Tensor, shows: Tensor) -> tuple[Tensor, Tensor]:
     def share(sort: Tensor, all_of: Tensor) -> Tensor:
         return all_of.sum(1, keepdim=True) / sort.sum(1, keepdim=True).clamp(min=1)
 
-    return predicted, torch.where(taken, share(taken, of), share(~taken, ~of))
+    return predicted, torch.where(taken, object_weight * share(taken, of), share(~taken, ~of))
 
 
 def picture_losses(
@@ -167,7 +168,7 @@ def picture_losses(
     batch: Pictures,
     share: float,
     noise: torch.Generator,
-    object_weight: float = 1.0,
+    object_weight: float,
 ) -> Losses:
     """Losses of a generation or an edit with about `share` of the tokens masked."""
     latents, labels = batch.made.latents, batch.made.labels
@@ -175,9 +176,7 @@ def picture_losses(
     masked = max(1, math.ceil(share * n))
     order = torch.rand(rows, n, generator=noise).argsort(dim=1).to(latents.device)
     visible = order[:, masked:].sort(dim=1).values
-    shows = labels[:, :-1] > 0
-    predicted, weights = chosen(order[:, :masked], shows)
-    weights = torch.where(shows.gather(1, predicted), object_weight, 1.0) * weights
+    predicted, weights = chosen(order[:, :masked], labels[:, :-1] > 0, object_weight)
     sources = batch.source and batch.source.latents
     z, x_con = conditions(model, tokens, batch.words, sources, latents, visible, predicted)
     made = select_tokens(latents, predicted)

@@ -1,6 +1,6 @@
 """How long and on what each phase trains."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,22 @@ class DecoderPlan:
     shards: int = 14
 
 
+SEEING = JointPlan(  # phase 7, and but for little those that are made from it
+    steps=2200,
+    seed=7,
+    hint_weights=(0.5, 0.0),
+    words_first=0,
+    copy_weight=1.0,
+    pictures=20,
+    edits=20,
+    answers=8,
+    questions=12,
+    rate=8e-4,
+    matrix_rate=0.004,
+    decay=0.8,
+    shard=Sizes(scenes=256, edits=256),
+)
+
 # Each goes on from the weights of the one before, with other data. What each took is in docs/pocket.md.
 PHASES: tuple[VAEPlan | JointPlan | DecoderPlan, ...] = (
     VAEPlan(),
@@ -79,38 +95,8 @@ PHASES: tuple[VAEPlan | JointPlan | DecoderPlan, ...] = (
         matrix_rate=0.003,
         decay=0.7,
     ),
-    JointPlan(
-        steps=2200,
-        seed=7,
-        hint_weights=(0.5, 0.0),
-        words_first=0,
-        copy_weight=1.0,
-        pictures=20,
-        edits=20,
-        answers=8,
-        questions=12,
-        rate=8e-4,
-        matrix_rate=0.004,
-        decay=0.8,
-        shard=Sizes(scenes=256, edits=256),
-    ),
+    SEEING,
     DecoderPlan(steps=2000, seed=8, shards=10),
-    JointPlan(
-        steps=2900,
-        seed=9,
-        hint_weights=(0.5, 0.0),
-        words_first=0,
-        copy_weight=1.0,
-        answer_weight=0.6,
-        object_weights=(3.0, 1.0),
-        pictures=20,
-        edits=20,
-        answers=8,
-        questions=24,
-        rate=8e-4,
-        matrix_rate=0.004,
-        decay=0.8,
-        shard=Sizes(scenes=256, edits=256),
-    ),
+    replace(SEEING, steps=2900, seed=9, answer_weight=0.6, object_weights=(3.0, 1.0), questions=24),
     DecoderPlan(steps=2000, seed=10, shards=10),
 )

@@ -200,14 +200,14 @@ def test_objects_are_learned_from_more_often_and_weigh_what_they_stand_for():
     values, total, draws = torch.randn(3, 64, generator=noise), torch.zeros(3), 1500
     for _ in range(draws):
         masked = torch.rand(3, 64, generator=noise).argsort(dim=1)
-        predicted, weights = chosen(masked, shows)
+        predicted, weights = chosen(masked, shows, 1.0)
         assert predicted.shape == (3, PREDICTED) and (predicted.diff(dim=1) > 0).all()
         counts = shows.gather(1, predicted).sum(1)
         assert counts[0] == 8 and counts[1] >= PREDICTED // 2 and counts[2] == 0
         torch.testing.assert_close(weights.sum(1), torch.full((3,), 64.0))
         total += (weights * values.gather(1, predicted)).sum(1)
     torch.testing.assert_close(total / draws, values.sum(1), atol=1.0, rtol=0.0)
-    few, weights = chosen(masked[:, :5], shows)
+    few, weights = chosen(masked[:, :5], shows, 1.0)
     assert torch.equal(few, masked[:, :5].sort(dim=1).values) and (weights == 1).all()
 
 
