@@ -7,22 +7,22 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from PIL import Image
-from unipic_run.bench import frontier, shortcuts
+from unipic_run.bench import frontier, paired, shortcuts
 from unipic_run.engine.checkpoint.cache import PACKAGED
 from unipic_run.engine.errors import UsageError
 
 
 def test_a_price_counts_pairs_and_its_interval_shrinks_where_they_agree():
     exact = np.array([True] * 60 + [False] * 40)
-    same = shortcuts.price(exact, exact)
+    same = paired.price(exact, exact)
     assert (same["lost"], same["low"], same["high"]) == (0.0, 0.0, 0.0) and same["right"] == 0.6
     worse = exact.copy()
     worse[:10] = False
-    one_way = shortcuts.price(exact, worse)
+    one_way = paired.price(exact, worse)
     assert one_way["lost"] == pytest.approx(0.1) and 0.0 < one_way["low"] < 0.1 < one_way["high"] < 0.2
     swapped = exact.copy()
     swapped[20:60], swapped[60:90] = False, True  # the same loss, of prompts that come and go
-    both_ways = shortcuts.price(exact, swapped)
+    both_ways = paired.price(exact, swapped)
     assert both_ways["lost"] == pytest.approx(0.1)
     assert both_ways["high"] - both_ways["low"] > 2 * (one_way["high"] - one_way["low"])
 
@@ -42,7 +42,7 @@ def test_rounds_and_head_steps_are_shares_of_the_models():
 def test_every_way_is_made_of_the_same_prompts_and_another_sitting_goes_on(capsys, monkeypatch, tmp_path):
     """Seconds of the big model are planned elsewhere."""
     monkeypatch.setattr(shortcuts, "predicted", lambda how: 1.0)
-    monkeypatch.setattr(shortcuts, "TURN", 4)
+    monkeypatch.setattr(paired, "TURN", 4)
     out, png = tmp_path / "prices.json", tmp_path / "prices.png"
     asked = ["--each", "1", "--device", "cpu", "--only", "half the rounds", "--out", str(out)]
     assert shortcuts.main([*asked, "--minutes", "0.0001"]) == 0 and json.loads(out.read_text())["pictures"] == 4
