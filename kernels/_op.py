@@ -31,7 +31,18 @@ except ImportError:  # Windows and macOS, or UNIPIC_RUN_TRITON=0 for a compariso
     HAS_TRITON = False
 
     class _Absent:
-        """Lets kernel files be imported where there is no Triton: an attribute is itself, a decorator nothing."""
+        """Lets kernel files be imported where there is no Triton: an attribute is itself, a decorator nothing.
+
+        What launchers compute on the host, dry runs compute here as well.
+        """
+
+        @staticmethod
+        def cdiv(a: int, b: int) -> int:
+            return -(-a // b)
+
+        @staticmethod
+        def next_power_of_2(n: int) -> int:
+            return 1 << (n - 1).bit_length()
 
         def __getattr__(self, name: str) -> Any:
             return self
@@ -69,6 +80,11 @@ class Case:
     make: Callable[[torch.device | str], tuple[Any, ...]]
     marks: str = "interp aot gpu"
     operators: str = ""  # whom they are for, by name; what that is by default says kernels/_registry.py
+
+
+def random_tensor(*shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """For cases: the same for a shape."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
 
 
 @dataclass(frozen=True)
@@ -126,6 +142,12 @@ def interpreted() -> Iterator[None]:
 def launches(x: Tensor) -> bool:
     """Whether operators on x launch kernels, or on the meta device count them."""
     return x.is_meta or (HAS_TRITON and (x.is_cuda or _interpreted.get()))
+
+
+def row_share(width: int) -> dict[str, int]:
+    """A program's share of a row; heuristic: eight bfloat16 values a thread."""
+    block = min(1024, triton.next_power_of_2(width))
+    return {"D": width, "BLOCK": block, "num_warps": 4 if block >= 512 else 1}
 
 
 def unit_rows(x: Tensor) -> Tensor:
