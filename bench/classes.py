@@ -26,6 +26,7 @@ from unipic_run.bench import latency
 from unipic_run.bench.checkout import require_this_checkout
 from unipic_run.bench.ops import Stopped, measured_roof, roofline, stop
 from unipic_run.bench.stopwatch import stopwatch, time_a_picture
+from unipic_run.engine.device import current
 from unipic_run.engine.meter import Call
 from unipic_run.engine.precision import true_float32
 from unipic_run.engine.sampling import EXACT
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = latency.parse(arguments)
     if options.speed != EXACT:
         sys.exit("--speed: classes of operations are timed in exact pictures, leave it out")
-    with latency.load(options, root) as engine:
+    with latency.load(options, root) as engine, current(engine.device):
         summary = latency.describe(options, engine) | {"bench": "classes"}
         cuda = engine.device.type == "cuda"
         with torch.inference_mode(), true_float32():

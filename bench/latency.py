@@ -39,7 +39,7 @@ from unipic_run.bench.planned import plan_of, report
 from unipic_run.bench.random_model import random_engine
 from unipic_run.bench.stage_memory import StageMemory
 from unipic_run.engine.budget import as_vram
-from unipic_run.engine.device import as_device, dtype_name, memory_peak
+from unipic_run.engine.device import as_device, current, dtype_name, memory_peak
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.errors import UnipicError, UnipicWarning
 from unipic_run.engine.outcome import Event
@@ -85,7 +85,7 @@ def measure_all(root: Path, options: argparse.Namespace, summary: dict[str, Any]
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.vram_cap * 2**30 / total), device)
     summary["ballast_bytes"] = drop_ballast(device, as_vram(options.vram)) if options.ballast else 0
     start = time.perf_counter()
-    with load(options, root) as engine:
+    with load(options, root) as engine, current(engine.device):
         memory.note("load")
         summary |= describe(options, engine)
         summary["load"] = {"seconds": time.perf_counter() - start, "memory": memory.stages.get("load")}

@@ -42,7 +42,7 @@ COPIED = 2**30  # bytes, and on a CPU
 COPIED_SMALL = 2**22
 FLUSHED = 2**28  # more than any card's L2
 HEAD_START = 500_000  # cycles that the device waits while the host gets ahead of it; as many more as it needs
-LONGEST_START = 2**27  # a function that waits for the device itself never gets ahead
+LONGEST_START = 2**27  # a function that waits for the device itself never gets ahead, and is not waited for
 WARM_UP = 3
 SLOWER = 1.02  # of torch's time, so that noise is no finding
 
@@ -158,8 +158,8 @@ def seconds(
         end.record()
         late = start.query()
         torch.cuda.synchronize()
-        if late and wait < LONGEST_START:
-            wait *= 2
+        if late and wait:
+            wait = 2 * wait if wait < LONGEST_START else 0
         else:
             times.append(start.elapsed_time(end) / 1000)
     return statistics.median(times[warm_up:])

@@ -42,7 +42,7 @@ from unipic_run.bench.parity_units import (
     replay_tokenizer,
     replay_units,
 )
-from unipic_run.engine.device import as_device
+from unipic_run.engine.device import as_device, current
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.errors import UnipicError
 from unipic_run.engine.precision import true_float32
@@ -75,8 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
         left = {name: reason for name, case in chosen.items() if (reason := nothing_to_see(case))}
         chosen = {name: roughly(case) for name, case in chosen.items() if name not in left}
     reports: dict[str, Any] = {}
-    device = str(as_device(options.device))
-    with one_thread(), engines(options.folder, options.checkpoint, device) as load:
+    device = as_device(options.device)
+    with one_thread(), current(device), engines(options.folder, options.checkpoint, str(device)) as load:
         if chosen:
             load("fp32")  # a checkpoint that does not load is one error, not one a case
         for name, case in chosen.items():

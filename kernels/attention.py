@@ -9,6 +9,7 @@ fused projection where they lie, covers a head dim of 80 with blocks of 64 and 1
 """
 
 from dataclasses import replace
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +23,19 @@ _MAX_WIDTH = 128  # of a head; the VAE's single one of 512 is left to the librar
 
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """q (B, H, Lq, d); k, v (B, K, Lk, d); all in float32 or wider, scores materialised."""
+    """q (B, H, Lq, d); k, v (B, K, Lk, d); all in float32 or wider, scores of a head at a time materialised."""
     group = q.shape[1] // k.shape[1]
     q, k, v = (x if x.dtype == torch.float64 else x.float() for x in (q, k, v))
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # (B, H, Lq, Lk)
+    y = q.new_empty(*q.shape[:3], v.shape[3])
+    for row, head in product(range(len(q)), range(q.shape[1])):
+        y[row, head] = _of_a_head(q[row, head], k[row, head // group], v[row, head // group], causal)
+    return y
+
+
+def _of_a_head(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    scores = q @ k.T / q.shape[-1] ** 0.5  # (Lq, Lk)
     if causal:
-        lq, lk = scores.shape[-2:]
-        seen = torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq)
+        seen = torch.ones_like(scores, dtype=torch.bool).tril(len(k) - len(q))
         scores = scores.masked_fill(~seen, float("-inf"))
     return scores.softmax(-1) @ v
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._device import activate
-from ._op import Case, Cost, Operator, launch, tl, triton, unit_rows
+from ._op import Case, Cost, Operator, launch, random_tensor, tl, triton, unit_rows
 
 
 def condition_ref(embedded: Tensor, c: Tensor, clock: Tensor, steps: int) -> Tensor:
@@ -83,16 +83,12 @@ def condition(embedded: Tensor, c: Tensor, clock: Tensor, steps: int) -> Tensor:
     return _condition(embedded, c, clock, steps)
 
 
-def _random(*shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
-
-
 def condition_cases() -> list[Case]:
     def make(rows: int, width: int, steps: int, dtype: torch.dtype = torch.bfloat16):
         def arguments(device):
             how = {"dtype": dtype, "device": device}
             clock = torch.tensor([steps, 0]).to(device)
-            return _random(steps + 2, width, **how), _random(rows, width, **how), clock, steps
+            return random_tensor(steps + 2, width, **how), random_tensor(rows, width, **how), clock, steps
 
         return arguments
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._device import activate
-from ._op import Case, Cost, Operator, launch, tl, triton, unit_rows
+from ._op import Case, Cost, Operator, launch, random_tensor, row_share, tl, triton, unit_rows
 
 
 def swiglu_ref(x: Tensor) -> Tensor:
@@ -75,17 +75,11 @@ def _gated_add_kernel(
     tl.store(y_ptr + row * D + at, (h + gate * u).to(y_ptr.dtype.element_ty), mask=at < D)
 
 
-def _columns(width: int) -> dict[str, int]:
-    """A program's share of a row; heuristic: eight bfloat16 values a thread."""
-    block = min(1024, triton.next_power_of_2(width))
-    return {"D": width, "BLOCK": block, "num_warps": 4 if block >= 512 else 1}
-
-
 def _swiglu_triton(x: Tensor) -> Tensor:
     width = x.shape[-1] // 2
     rows = unit_rows(x.reshape(-1, 2 * width))
     y = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
-    share = _columns(width)
+    share = row_share(width)
     launch(_swiglu_kernel, (len(rows), triton.cdiv(width, share["BLOCK"])), rows, y, rows.stride(0), **share)
     return y
 
@@ -93,7 +87,7 @@ def _swiglu_triton(x: Tensor) -> Tensor:
 def _gated_add_triton(h: Tensor, gate: Tensor, u: Tensor) -> Tensor:
     width = h.shape[-1]
     h_rows, u_rows, gate = (unit_rows(x.reshape(-1, width)) for x in (h, u, gate))
-    y, share = torch.empty(h.shape, dtype=h.dtype, device=h.device), _columns(width)
+    y, share = torch.empty(h.shape, dtype=h.dtype, device=h.device), row_share(width)
     launch(
         _gated_add_kernel,
         (len(u_rows), triton.cdiv(width, share["BLOCK"])),
@@ -137,15 +131,10 @@ def gated_add(h: Tensor, gate: Tensor, u: Tensor) -> Tensor:
     return _gated_add(h, gate, u)
 
 
-def _random(*shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    noise = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(*shape, generator=noise).to(device, dtype)
-
-
 def swiglu_cases() -> list[Case]:
     def make(*shape: int, dtype: torch.dtype = torch.bfloat16, spread: int = 1):
         width = shape[-1]
-        return lambda device: (_random(*shape[:-1], spread * width, dtype=dtype, device=device)[..., :width],)
+        return lambda device: (random_tensor(*shape[:-1], spread * width, dtype=dtype, device=device)[..., :width],)
 
     return [
         Case("LLM block at 1024", make(2, 4160, 17920), "aot gpu"),
@@ -160,8 +149,8 @@ def gated_add_cases() -> list[Case]:
     def make(*shape: int, gates: int, dtype: torch.dtype = torch.bfloat16):
         def arguments(device):
             width, rows = shape[-1], torch.Size(shape[:-1]).numel()
-            gate = _random(gates, 3 * width, dtype=dtype, device=device)[:, 2 * width :]  # as one GEMM makes them
-            h, u = _random(2 * rows, width, dtype=dtype, device=device).chunk(2)
+            gate = random_tensor(gates, 3 * width, dtype=dtype, device=device)[:, 2 * width :]  # as one GEMM makes them
+            h, u = random_tensor(2 * rows, width, dtype=dtype, device=device).chunk(2)
             return h.view(shape), gate, u.view(shape)
 
         return arguments

@@ -1,9 +1,9 @@
 """The diffusion head's fused steps: with the modulations at hand, a block is two launches.
 
-    modulated_linear  act((LN(h) (1 + scale) + shift) W^T + b)                         fc1 of a block, the final layer
+    modulated_linear  silu((LN(h) (1 + scale) + shift) W^T + b)                        fc1 of a block
     gated_linear      h + gate * (u W^T + b)                                           fc2 of a block
 
-Called by `models/unipic/head.py`. Rows are tens to hundreds: small products bound by reading W, so the normalisation
+Called by engine/layers/linear.py. Rows are tens to hundreds: small products bound by reading W, so the normalisation
 is computed anew by every program that needs it, which costs less than a launch.
 Letters: M rows, K width in, O width out.
 """
@@ -13,15 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._device import activate, moments
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._op import Case, Cost, Operator, launch, random_tensor, tl, triton
 from .linear import linear
 
 
-def modulated_linear_ref(h, shift, scale, norm_weight, norm_bias, eps, weight, bias, silu) -> Tensor:
+def modulated_linear_ref(h, shift, scale, norm_weight, norm_bias, eps, weight, bias) -> Tensor:
     """In the tensors' dtype. What the operators take is said at the functions of their names."""
     normed = F.layer_norm(h, h.shape[-1:], norm_weight, norm_bias, eps)
-    y = linear(normed * (1 + scale) + shift, weight, bias)
-    return F.silu(y) if silu else y
+    return F.silu(linear(normed * (1 + scale) + shift, weight, bias))
 
 
 def gated_linear_ref(u, weight, bias, gate, h) -> Tensor:
@@ -44,8 +43,6 @@ def _modulated_linear_kernel(
     rows,  # M
     K: tl.constexpr,
     OUT: tl.constexpr,
-    AFFINE: tl.constexpr,
-    SILU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -62,9 +59,8 @@ def _modulated_linear_kernel(
         there = inside[:, None] & (k < K)[None, :]
         a = tl.load(h_ptr + row[:, None] * h_stride + k[None, :], mask=there, other=0.0).to(tl.float32)
         a = (a - mean[:, None]) * inverse[:, None]
-        if AFFINE:
-            a = a * tl.load(norm_weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-            a = a + tl.load(norm_bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+        a = a * tl.load(norm_weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+        a = a + tl.load(norm_bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
         modulation = row[:, None] * m_stride + k[None, :]
         scale = tl.load(scale_ptr + modulation, mask=there, other=0.0).to(tl.float32)
         shift = tl.load(shift_ptr + modulation, mask=there, other=0.0).to(tl.float32)
@@ -73,7 +69,7 @@ def _modulated_linear_kernel(
         w = tl.load(weight_ptr + col[None, :].to(tl.int64) * K + k[:, None], mask=w_there, other=0.0)
         y = tl.dot(a, w, y, input_precision="ieee")
     y += tl.load(bias_ptr + col, mask=col < OUT, other=0.0).to(tl.float32)[None, :]
-    y = activate(y, False, False, SILU)
+    y = activate(y, False, False, True)
     to = y_ptr + row[:, None] * OUT + col[None, :]
     tl.store(to, y.to(y_ptr.dtype.element_ty), mask=inside[:, None] & (col < OUT)[None, :])
 
@@ -126,7 +122,7 @@ def _tiles(rows: int, weight: Tensor, **for_many: int) -> dict[str, int]:
     return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": k // 4, "num_warps": 8, "num_stages": 3}
 
 
-def _modulated_linear_triton(h, shift, scale, norm_weight, norm_bias, eps, weight, bias, silu):
+def _modulated_linear_triton(h, shift, scale, norm_weight, norm_bias, eps, weight, bias):
     (rows, width), out = h.shape, len(weight)
     if shift.stride() != scale.stride() or shift.stride(1) != 1:
         shift, scale = shift.contiguous(), scale.contiguous()
@@ -138,8 +134,8 @@ def _modulated_linear_triton(h, shift, scale, norm_weight, norm_bias, eps, weigh
         h,
         shift,
         scale,
-        bias if norm_weight is None else norm_weight,
-        bias if norm_bias is None else norm_bias,
+        norm_weight,
+        norm_bias,
         weight.contiguous(),
         bias,
         y,
@@ -149,8 +145,6 @@ def _modulated_linear_triton(h, shift, scale, norm_weight, norm_bias, eps, weigh
         rows,
         K=width,
         OUT=out,
-        AFFINE=norm_weight is not None,
-        SILU=silu,
         STAT=1024 * tiles["num_warps"] // tiles["BLOCK_M"],  # 32 values a thread
         **tiles,
     )
@@ -181,11 +175,11 @@ def _gated_linear_triton(u, weight, bias, gate, h):
     return y
 
 
-def _nbytes(*tensors: Tensor | None) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+def _nbytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def modulated_linear_cost(h, shift, scale, norm_weight, norm_bias, eps, weight, bias, silu) -> Cost:
+def modulated_linear_cost(h, shift, scale, norm_weight, norm_bias, eps, weight, bias) -> Cost:
     rows, out = len(h), len(weight)
     moved = _nbytes(h, shift, scale, norm_weight, norm_bias, weight, bias) + rows * out * h.element_size()
     return Cost(2 * rows * weight.numel() + 8 * h.numel(), moved)
@@ -196,8 +190,8 @@ def gated_linear_cost(u, weight, bias, gate, h) -> Cost:
 
 
 _modulated_linear = Operator(
-    "modulated_linear(Tensor h, Tensor shift, Tensor scale, Tensor? norm_weight, Tensor? norm_bias, float eps, "
-    "Tensor weight, Tensor bias, bool silu) -> Tensor",
+    "modulated_linear(Tensor h, Tensor shift, Tensor scale, Tensor norm_weight, Tensor norm_bias, float eps, "
+    "Tensor weight, Tensor bias) -> Tensor",
     torch=modulated_linear_ref,
     triton=_modulated_linear_triton,
     cost=modulated_linear_cost,
@@ -214,15 +208,17 @@ def modulated_linear(
     h: Tensor,
     shift: Tensor,
     scale: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
     eps: float,
     weight: Tensor,
     bias: Tensor,
-    silu: bool,
 ) -> Tensor:
-    """act((LN(h) (1 + scale) + shift) W^T + b): h, shift, scale (M, K), weight (O, K), bias (O); returns (M, O)."""
-    return _modulated_linear(h, shift, scale, norm_weight, norm_bias, eps, weight, bias, silu)
+    """silu((LN(h) (1 + scale) + shift) W^T + b), (M, O).
+
+    h, shift, scale (M, K), norm_* (K), weight (O, K), bias (O).
+    """
+    return _modulated_linear(h, shift, scale, norm_weight, norm_bias, eps, weight, bias)
 
 
 def gated_linear(u: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, h: Tensor) -> Tensor:
@@ -233,19 +229,15 @@ def gated_linear(u: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, h: Tenso
 ROWS = (10, 20, 40, 100, 200, 402, 804, 1604)  # of rounds of a picture at 1024x1024, and of batches of two and four
 
 
-def _random(*shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
-
-
-def random_block(rows: int, width: int, out: int, affine: bool = True, dtype: torch.dtype = torch.bfloat16):
-    """Makes a case's arguments of `modulated_linear`; without a norm's weight there is no activation either."""
+def random_block(rows: int, width: int, out: int, dtype: torch.dtype = torch.bfloat16):
+    """Makes a case's arguments of `modulated_linear`."""
 
     def arguments(device):
         how = {"dtype": dtype, "device": device}
-        shift, scale, _ = _random(rows, 3 * width, **how).chunk(3, dim=-1)
-        norm = (_random(width, **how), _random(1, width, **how)[0]) if affine else (None, None)
-        weight, bias = _random(out, width, **how) * width**-0.5, _random(out, **how)
-        return _random(rows, width, **how), shift, scale, *norm, 1e-6, weight, bias, affine
+        shift, scale, _ = random_tensor(rows, 3 * width, **how).chunk(3, dim=-1)
+        norm = random_tensor(width, **how), random_tensor(1, width, **how)[0]
+        weight, bias = random_tensor(out, width, **how) * width**-0.5, random_tensor(out, **how)
+        return random_tensor(rows, width, **how), shift, scale, *norm, 1e-6, weight, bias
 
     return arguments
 
@@ -254,14 +246,13 @@ def modulated_linear_cases() -> list[Case]:
     make = random_block
     return [
         *(Case(f"{rows} rows of a block", make(rows, 1536, 1536), "aot gpu") for rows in ROWS),
-        *(Case(f"{rows} rows of the final layer", make(rows, 1536, 32, False), "aot gpu") for rows in (10, 402, 804)),
         *(
             Case(f"{n} rows in float32", make(n, 1536, 1536, dtype=torch.float32), "aot gpu")
             for n in (20, 100, 402, 804)
         ),
         Case("few rows, odd widths", make(5, 150, 37, dtype=torch.float32)),
         Case("a few more", make(33, 72, 40)),
-        Case("many rows, no weight", make(130, 48, 12, False)),
+        Case("many rows", make(130, 48, 12)),
         Case("rows of a batch of pictures", make(515, 24, 12)),
         Case("no rows", make(0, 32, 32)),
     ]
@@ -271,9 +262,9 @@ def gated_linear_cases() -> list[Case]:
     def make(rows: int, width: int, out: int, dtype: torch.dtype = torch.bfloat16):
         def arguments(device):
             how = {"dtype": dtype, "device": device}
-            gate = _random(rows, 3 * out, **how)[:, 2 * out :]
-            weight, bias = _random(out, width, **how) * width**-0.5, _random(out, **how)
-            return _random(rows, width, **how), weight, bias, gate, _random(rows, out, **how)
+            gate = random_tensor(rows, 3 * out, **how)[:, 2 * out :]
+            weight, bias = random_tensor(out, width, **how) * width**-0.5, random_tensor(out, **how)
+            return random_tensor(rows, width, **how), weight, bias, gate, random_tensor(rows, out, **how)
 
         return arguments
 

@@ -70,7 +70,7 @@ def options(h: Tensor, n: int) -> Options:
 def modulated_linear_int8_ref(weight, weight_scale, bias, h, shift, scale, norm_weight, norm_bias, eps) -> Tensor:
     """y (M, N / 128, 128) on the dequantised weight, in the dtype of h, of which nothing is quantised."""
     wide = weight.to(h.dtype) * weight_scale[:, None].to(h.dtype)
-    y = modulated_linear_ref(h, shift, scale, norm_weight, norm_bias, eps, wide, bias, True)
+    y = modulated_linear_ref(h, shift, scale, norm_weight, norm_bias, eps, wide, bias)
     return y.unflatten(1, (-1, GROUP))
 
 
@@ -106,7 +106,6 @@ def _head_int8_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # a group or two
     STAT: tl.constexpr,
-    AFFINE: tl.constexpr,
     BIAS: tl.constexpr,
 ):
     tl.static_assert(BLOCK_N == GROUP or BLOCK_N == 2 * GROUP, "a tuned table may say anything")
@@ -124,9 +123,8 @@ def _head_int8_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, GROUP):
         x = tl.load(h_at + start).to(tl.float32) * inverse[:, None] + lift[:, None]
-        if AFFINE:
-            x = x * tl.load(norm_weight_ptr + start + at).to(tl.float32)[None, :]
-            x = x + tl.load(norm_bias_ptr + start + at).to(tl.float32)[None, :]
+        x = x * tl.load(norm_weight_ptr + start + at).to(tl.float32)[None, :]
+        x = x + tl.load(norm_bias_ptr + start + at).to(tl.float32)[None, :]
         scale = tl.load(scale_ptr + modulation + start).to(tl.float32)
         x = x * scale + x + tl.load(shift_ptr + modulation + start).to(tl.float32)
         x_scale = row_scale(tl.max(tl.abs(x), axis=1))
@@ -158,7 +156,7 @@ def _modulated_linear_int8_triton(weight, weight_scale, bias, h, shift, scale, n
     launch(
         _head_int8_kernel,
         (triton.cdiv(n, tiles["BLOCK_N"]), triton.cdiv(m, tiles["BLOCK_M"])),
-        *(h, shift, scale, *((h, h) if norm_weight is None else (norm_weight, norm_bias)), weight, weight_scale),
+        *(h, shift, scale, norm_weight, norm_bias, weight, weight_scale),
         *(weight_scale if bias is None else bias, y, y_scale, h.stride(0), shift.stride(0), eps, m),
         N=n,
         K=k,
@@ -166,7 +164,6 @@ def _modulated_linear_int8_triton(weight, weight_scale, bias, h, shift, scale, n
         MAGIC=MAGIC,
         OFFSET=OFFSET,
         STAT=512 * tiles["num_warps"] // tiles["BLOCK_M"],  # 16 values a thread
-        AFFINE=norm_weight is not None,
         BIAS=bias is not None,
         **tiles,
     )
@@ -184,7 +181,7 @@ def modulated_linear_int8_cost(weight, weight_scale, bias, h, *rest) -> Cost:
 
 _modulated_linear_int8 = Operator(
     "modulated_linear_int8(Tensor weight, Tensor weight_scale, Tensor? bias, Tensor h, Tensor shift, Tensor scale, "
-    "Tensor? norm_weight, Tensor? norm_bias, float eps) -> (Tensor, Tensor)",
+    "Tensor norm_weight, Tensor norm_bias, float eps) -> (Tensor, Tensor)",
     torch=modulated_linear_int8_torch,
     triton=_modulated_linear_int8_triton,
     cost=modulated_linear_int8_cost,
@@ -195,8 +192,8 @@ def modulated_linear_int8(
     h: Tensor,
     shift: Tensor,
     scale: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
     eps: float,
     weight: Tensor,
     weight_scale: Tensor,
@@ -204,7 +201,7 @@ def modulated_linear_int8(
 ) -> tuple[Tensor, Tensor]:
     """int8 (M, N / 128, 128) and scales (M, N / 128) float32 of silu((LN(h) (1 + scale) + shift) W^T + b).
 
-    h, shift, scale (M, K), norm_* (K) or both None; weight (N, K) int8 contiguous, weight_scale (N) float32, bias (N).
+    h, shift, scale (M, K), norm_* (K); weight (N, K) int8 contiguous, weight_scale (N) float32, bias (N).
     K and N are multiples of 128.
     """
     check_product(h, weight, weight_scale, bias, "none", None, None)
@@ -218,7 +215,7 @@ def modulated_linear_int8(
 def modulated_linear_int8_cases() -> list[Case]:
     def make(*shape: int, bias: bool = True, **how):
         def arguments(device):
-            *before, weight, offset, _ = random_block(*shape, **how)(device)
+            *before, weight, offset = random_block(*shape, **how)(device)
             return *quantise_rows(weight), offset if bias else None, *before
 
         return arguments
@@ -229,7 +226,7 @@ def modulated_linear_int8_cases() -> list[Case]:
         *(Case(f"{n} rows in float32", make(n, 1536, 1536, dtype=single), "aot gpu") for n in (20, 100, 402, 804)),
         Case("few rows, one group, float32", make(5, 128, 128, dtype=single)),
         Case("a tile and a half, no bias", make(33, 256, 384, bias=False)),
-        Case("many rows, no weight", make(130, 128, 256, affine=False)),
+        Case("many rows", make(130, 128, 256)),
         Case("rows of a batch of pictures", make(515, 128, 128)),
         Case("one row", make(1, 128, 256)),
         Case("no rows", make(0, 128, 128)),

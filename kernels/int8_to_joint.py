@@ -33,7 +33,8 @@ from ._product import (
     whole_sums,
 )
 from .int8_linear import int8_linear_ref, int8_linear_torch
-from .norms import norm_ref, quantise_rows
+from .norms import norm_ref
+from .quantise import quantise_rows
 from .quantise_qkv import LARGEST
 
 WIDTH = 64  # of a head
@@ -215,16 +216,16 @@ def _dense(stream) -> tuple[Tensor, ...]:
 
 
 def int8_linear_to_joint_cost(*arguments) -> Cost:
-    """With the instructions that a product alone would not have."""
+    """Instructions that a product alone would not have are `beside`."""
     *streams, off, heads, _ = arguments
-    flop, nbytes = 0, off.numel() * off.element_size()
+    flop, beside, nbytes = 0, 0, off.numel() * off.element_size()
     for stream in (streams[:7], streams[7:]):
         if stream[0] is not None:
             rows, weight = stream[1].numel(), stream[2]
             base = product_cost(stream, weight, "none", torch.int8)
-            flop += base.flop + WRITTEN * INSTRUCTION * rows * len(weight)
+            flop, beside = flop + base.flop, beside + WRITTEN * INSTRUCTION * rows * len(weight)
             nbytes += base.nbytes + rows * heads * (WIDTH + 2 * 4)  # values have two bytes, queries and keys scales
-    return Cost(flop, nbytes)
+    return Cost(flop, nbytes, beside=beside)
 
 
 def _schema(prefix: str, kind: str) -> str:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._op import Case, Cost, Operator, launch, random_tensor, row_share, tl, triton
 from .embed_visible import embed_visible
 
 __all__ = ["add_positions", "embed_visible", "grid_positions", "inverse_index", "place_tokens", "select_tokens"]
@@ -103,17 +103,11 @@ def _rows_kernel(
     tl.store(y_ptr + out * D + col, y.to(y_ptr.dtype.element_ty), mask=col < D)
 
 
-def _columns(width: int) -> dict[str, int]:
-    """A program's share of a row; heuristic: eight bfloat16 values a thread."""
-    block = min(1024, triton.next_power_of_2(width))
-    return {"D": width, "BLOCK": block, "num_warps": 4 if block >= 512 else 1}
-
-
 def _place_triton(x, visible, source, base, position):
     (rows, length, width), total = x.shape, len(position)
     buffer, n = length - visible.shape[1], total - length + visible.shape[1]
     source = inverse_index(visible, n) if source is None else source.contiguous()
-    y, share = x.new_empty(rows, total, width), _columns(width)
+    y, share = x.new_empty(rows, total, width), row_share(width)
     base = (base if base.stride(-1) == 1 else base.contiguous()).expand(rows, total, width)
     launch(
         _place_kernel,
@@ -137,7 +131,7 @@ def _place_triton(x, visible, source, base, position):
 def _rows(x: Tensor, index: Tensor, position: Tensor | None) -> Tensor:
     (rows, _, width), count = x.shape, index.shape[1]
     x = x if x.stride(-1) == 1 else x.contiguous()
-    y, share = x.new_empty(rows, count, width), _columns(width)
+    y, share = x.new_empty(rows, count, width), row_share(width)
     launch(
         _rows_kernel,
         (rows * count, triton.cdiv(width, share["BLOCK"])),
@@ -233,17 +227,13 @@ def _plan(batch: int, n: int, count: int) -> Tensor:
     return torch.rand(batch, n, generator=noise).argsort(1)[:, :count].sort(1).values
 
 
-def _random(*shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
-
-
 def place_tokens_cases() -> list[Case]:
     def make(rows, batch, n, seen, buffer, width, dtype=torch.float32, mask: bool = True):
         def arguments(device):
             how = {"dtype": dtype, "device": device}
             visible = _plan(batch, n, seen).to(device)
-            base = _random(1, 1 if mask else buffer + n, width, **how)
-            x, position = _random(rows, buffer + seen, width, **how), _random(buffer + n, width, **how)
+            base = random_tensor(1, 1 if mask else buffer + n, width, **how)
+            x, position = random_tensor(rows, buffer + seen, width, **how), random_tensor(buffer + n, width, **how)
             return x, visible, inverse_index(visible, n) if mask else None, base, position
 
         return arguments
@@ -262,7 +252,7 @@ def place_tokens_cases() -> list[Case]:
 def select_tokens_cases() -> list[Case]:
     def make(rows, batch, n, count, width, dtype=torch.float32, spread: int = 1):
         def arguments(device):
-            x = _random(rows, n, spread * width, dtype=dtype, device=device)[..., :width]
+            x = random_tensor(rows, n, spread * width, dtype=dtype, device=device)[..., :width]
             return x, _plan(batch, n, count).to(device)
 
         return arguments
@@ -281,7 +271,8 @@ def add_positions_cases() -> list[Case]:
     def add(rows, batch, n, count, width, dtype=torch.float32):
         def arguments(device):
             how = {"dtype": dtype, "device": device}
-            return _random(rows, count, width, **how), _plan(batch, n, count).to(device), _random(n, width, **how)
+            z, position = random_tensor(rows, count, width, **how), random_tensor(n, width, **how)
+            return z, _plan(batch, n, count).to(device), position
 
         return arguments
 

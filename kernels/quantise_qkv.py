@@ -16,7 +16,7 @@ from ._attend import load_rows, store_rows
 from ._device import row_scale, to_int8
 from ._op import Case, Cost, Operator, launch, tl, triton, unit_rows
 from .attention import random_qkv
-from .norms import quantise_rows
+from .quantise import quantise_rows
 
 SAMPLE = 64  # keys, evenly spaced
 LARGEST = 65504.0  # of float16

@@ -55,10 +55,8 @@ def norm_linear(
     act: none, gelu, gelu_tanh, silu, or swiglu, which halves the width.
     """
     how = norm_arguments(x, norm, modulation)
-    if modulation and act in ("none", "silu") and rows == ALL and _fuses(layer, x, modulation[0]):
-        return modulated_linear(
-            x, *modulation, norm.weight, norm.bias, norm.eps, layer.weight, layer.bias, act == "silu"
-        )
+    if modulation and norm.weight is not None and act == "silu" and rows == ALL and _fuses(layer, x, modulation[0]):
+        return modulated_linear(x, *modulation, norm.weight, norm.bias, norm.eps, layer.weight, layer.bias)
     if isinstance(layer, Int8Linear) and layer.group == 1:
         if layer.few(x):
             return layer.of_values(norm_op(*how), rows, activation=act)
@@ -92,7 +90,7 @@ def norm_mlp(
 
     norm, act and modulation as for `norm_linear`, gate (M, D) as for `linear_add`.
     """
-    if act == "silu" and modulation and _fuses_in_int8(wide, narrow, x, modulation[0]):
+    if act == "silu" and modulation and norm.weight is not None and _fuses_in_int8(wide, narrow, x, modulation[0]):
         between = modulated_linear_int8(x, *modulation, norm.weight, norm.bias, norm.eps, *wide.part(ALL))
         return int8_linear_of_groups(*between, *narrow.part(ALL), residual=x, gate=gate, dtype=x.dtype)
     if _hands_over(wide, narrow) and not wide.few(x):

@@ -114,7 +114,9 @@ def test_nothing_is_timed_before_all_of_it_is_queued(monkeypatch):
     assert ops.seconds(lambda: runs.append(1), 5, warm_up=1) == 2e-3
     assert waits == [ops.HEAD_START * 2**n for n in (0, 1, 2, 2, 2, 2, 2, 2)] and len(runs) == len(waits)
     monkeypatch.setattr(Event, "query", lambda self: True)
-    assert ops.seconds(lambda: None, 1, warm_up=0) == 1.0, "what waits for the device is timed all the same"
+    waits.clear()
+    assert ops.seconds(lambda: None, 3, warm_up=0) == 1.0, "what waits for the device is timed all the same"
+    assert waits[-3:] == [0, 0, 0] and sum(waits) < 2 * ops.LONGEST_START * 2, "and nothing waits for it"
 
 
 def test_what_a_run_writes_is_undone():
@@ -145,6 +147,8 @@ def test_on_a_card_operators_are_right_and_timed(capsys):
 def test_on_a_card_cases_are_drawn_there_and_the_same_each_time():
     for check in checks("gpu"):
         first, second = drawn(check.case, "cuda"), drawn(check.case, "cuda")
+        room = [id(x) for x in check.operator.written(first)]  # for results, with anything in it
         for a, b in zip(first, second, strict=True):
-            if isinstance(a, torch.Tensor):
-                assert a.is_cuda and torch.equal(a, b), check
+            if isinstance(a, torch.Tensor) and id(a) not in room:
+                assert a.is_cuda, check
+                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)

@@ -60,11 +60,11 @@ def test_it_is_a_quantiser_of_groups_on_both_sides_of_a_product(candidate, monke
 def test_rows_with_a_large_mean_keep_their_variance():
     torch.manual_seed(0)
     h, weight = torch.randn(20, 256), weight_of(128, 256)
-    flat = torch.zeros(20, 256)
+    flat, norm = torch.zeros(20, 256), (torch.ones(256), torch.zeros(256))
     found = []
     for lift in (0.0, 1000.0):
         with interpreted():
-            numbers, steps = modulated_linear_int8(h + lift, flat, flat, None, None, 1e-6, *weight, None)
+            numbers, steps = modulated_linear_int8(h + lift, flat, flat, *norm, 1e-6, *weight, None)
         found.append(numbers * steps[..., None])
     assert (found[1] - found[0]).norm() / found[0].norm() < 1e-2
 
@@ -78,12 +78,13 @@ def test_tiles_grow_with_the_rows():
 
 def test_what_does_not_fit_is_said():
     h, weight, bias = torch.randn(4, 128), weight_of(128, 128), torch.randn(128)
+    norm = bias, bias
     with pytest.raises(ValueError, match=r"shift \(4, 16\) and scale \(4, 128\)"):
-        modulated_linear_int8(h, h[:, :16], h, None, None, 1e-6, *weight, bias)
+        modulated_linear_int8(h, h[:, :16], h, *norm, 1e-6, *weight, bias)
     with pytest.raises(ValueError, match="agree"):
-        modulated_linear_int8(h[:, :16], h, h, None, None, 1e-6, *weight, bias)
+        modulated_linear_int8(h[:, :16], h, h, *norm, 1e-6, *weight, bias)
     with pytest.raises(ValueError, match=r"\(96, 128\): both have to be multiples of 128"):
-        modulated_linear_int8(h, h, h, None, None, 1e-6, *(x[:96] for x in weight), bias[:96])
+        modulated_linear_int8(h, h, h, *norm, 1e-6, *(x[:96] for x in weight), bias[:96])
 
 
 def in_int8(block: HeadBlock) -> nn.Module:
