@@ -16,7 +16,7 @@ from unipic_run.engine import options as o
 from unipic_run.engine.checks import PATCH
 from unipic_run.engine.commands import convert, doctor, info, list_models, plan, pull, verify
 from unipic_run.engine.errors import UsageError
-from unipic_run.engine.request import AskRequest, EditRequest, GenerateRequest
+from unipic_run.engine.request import AskRequest, EditRequest, GenerateRequest, check_res
 from unipic_run.engine.saving import Order, make_pictures, open_engine
 from unipic_run.engine.terminal import Terminal, terminal_of
 
@@ -162,13 +162,16 @@ def edit(
     )
     sampling = a.sampling(asked, n=n, batch_size=batch_size, preview_every=preview_every)
     EditRequest(picture, tuple(prompts), sampling, PATCH if res is None else res, **where)  # refuses early
+    masked = bool({"mask", "outpaint"} & {*where})
     _hint(terminal, model, prompts)
-    kind = "inpaint" if {"mask", "outpaint"} & {*where} else "edit"
+    check_res(res, fit, masked)
+    kind = "inpaint" if masked else "edit"
     pictures = Order(kind, tuple(prompts), sampling, a.given(fit=fit, posterior=posterior))
     saving = {"target": output, "overwrite": overwrite, "metadata": not no_metadata}
     loading = a.loading(asked, device=device, attention=attn, revision=revision, offline=offline)
-    made = a.edited_size(picture.size, res, fit, where.get("outpaint"), "mask" in where)
-    loading |= {"vram": vram, "drop_idle": drop_idle, "largest": a.largest("edit", len(prompts), sampling, made)}
+    made = where.get("size") or a.edited_size(picture.size, res, fit, where.get("outpaint"), "mask" in where)
+    largest = a.largest("edit", len(prompts), sampling, made, 1 + len(where.get("references", ())))
+    loading |= {"vram": vram, "drop_idle": drop_idle, "largest": largest}
     make_pictures(terminal, pictures, saving, loading, image=picture, res=res, **where)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from .checkpoint.cache import cached, folder_named, path_named
 from .checks import PATCH
 from .errors import UsageError
 from .request import GPU_BATCH
@@ -97,7 +98,6 @@ def repeated_settings(png: str, model: str | None, speed: str | None) -> dict[st
     needs a `model` named on the line. Raises ImageError for pictures without our settings, UsageError for those that
     text alone does not make again.
     """
-    from .checkpoint.cache import cached
     from .families import short_names
     from .png_metadata import read_settings
 
@@ -114,7 +114,7 @@ def repeated_settings(png: str, model: str | None, speed: str | None) -> dict[st
         if not isinstance(settings.get(name, ""), str):
             raise UsageError(f"{png} carries a {name} that is no text", "give the options by hand")
     made_by = settings.get("model", "unipic")
-    if not (model or made_by in short_names() or Path(made_by).expanduser().is_dir() or cached(made_by)):
+    if not (model or made_by in short_names() or folder_named(made_by) or cached(made_by)):
         raise UsageError(f"{png} was made with the model {made_by[:200]!r}, which is not here", "give --model")
     if "size" in found:
         settings["size"] = parse_size(str(found["size"]))
@@ -123,7 +123,7 @@ def repeated_settings(png: str, model: str | None, speed: str | None) -> dict[st
 
 def _names(model: str, said: str) -> bool:
     """Whether a picture says that of this model: of a folder without its path, of a released one with a digest."""
-    name = Path(model).expanduser().resolve().name
+    name = path_named(model).resolve().name
     local = "local-" + re.sub(r"[^\w.-]", "_", name)  # as hub.py names what it converts
     return said in (model, Path(model).name, name) or said.rpartition("-")[0] == local
 
@@ -157,9 +157,11 @@ def sampling(asked: dict[str, Any], **more: Any) -> Sampling:
     return as_sampling(asked.get("seed"), {name: asked[name] for name in ("speed", *SAMPLED) if name in asked} | more)
 
 
-def largest(task: str, images: int = 1, sampling: Sampling | None = None, size: Any = None) -> dict[str, Any]:
+def largest(
+    task: str, images: int = 1, sampling: Sampling | None = None, size: Any = None, sources: int = 1
+) -> dict[str, Any]:
     """Of Engine.from_pretrained: the command's own request is the largest one that the engine will have."""
-    found = {"task": task, "size": size}
+    found = {"task": task, "size": size, "sources": sources}
     if sampling is not None:
         together = min(images * sampling.n, sampling.batch_size or GPU_BATCH)
         found |= {"n": together, "steps": sampling.steps, "previews": sampling.preview_every > 0}

@@ -15,9 +15,8 @@ import torch
 
 from .device import out_of_memory
 from .errors import BudgetError, UsageError
-from .gpus import Card
+from .gpus import GIB, Card
 from .nvml import free_bytes
-from .residency import GIB
 
 AUTO = "auto"
 CONTEXT = GIB // 2  # bytes of a card that CUDA itself takes; assumed where it was not measured

@@ -1,6 +1,5 @@
 """Rules that the values of a request keep, one function each; a broken one is a UsageError."""
 
-import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -46,8 +45,8 @@ def check_whole(name: str, value: object, low: int, high: int) -> None:
 
 
 def check_number(name: str, value: object, low: float, high: float) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not (good and low <= value <= high):
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (good and low <= value <= high):  # which nan is not
         raise UsageError(f"{name} {value!r} is not a number from {low:g} to {high:g}", "choose one in that range")
 
 

@@ -17,7 +17,7 @@ from . import families
 from .budget import Overhead, context_on, free_on, overhead
 from .device import dtype_name
 from .forecast import Forecast
-from .gpus import Card
+from .gpus import GIB, Card
 from .layers.attention import Attention
 from .loaded import Loaded
 from .mover import parts_of
@@ -25,7 +25,7 @@ from .outline import PROMPT, size_of, task_of
 from .placing import card_of, planned, unpacked
 from .plan import META, shapes
 from .request import AskRequest, Largest
-from .residency import GIB, Work, least
+from .residency import Work, least
 from .tokens import Tokens
 from .verbs import Verbs
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .facts import Facts
+from .gpus import GIB
 
-GIB = 2**30
 LITTLE, PLENTY = 1 * GIB, 20 * GIB  # free disk: too little to store anything; the released files and their conversion
 _CUDA_TORCH = "install the CUDA build of torch: the install selector on pytorch.org gives the command for {system}"
 

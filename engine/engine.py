@@ -25,6 +25,7 @@ from .request import (
     as_margins,
     as_prompts,
     as_size,
+    check_res,
 )
 from .sampling import SamplingOptions, as_sampling
 from .worker import Worker
@@ -59,7 +60,8 @@ class Engine(Worker):
         none, int8, bnb8, nf4 (the last two through bitsandbytes), or auto: the first of none, int8 and nf4 in which the
         largest request fits the GPU without layers that come one by one; by default as the checkpoint is stored.
         largest: what auto is to be ready for, a dictionary with any of task (gen, edit, ask), res or size of the
-        picture, n (pictures computed together), steps and previews; by default one picture of the trained size.
+        picture, n (pictures computed together), steps, previews and sources (pictures that an edit is given); by
+        default one picture of the trained size.
         attention: auto, sdpa, int8-qk, flash-attn, xformers. vram: GiB of the GPU that may be used, its CUDA context
         included, or auto: what is free now, less a margin; weights that do not fit come when they are needed.
         drop_idle: under that bound, which it needs, parts that do not fit and that a kind of request does not need are
@@ -99,8 +101,9 @@ class Engine(Worker):
     ) -> Result:
         """Text to image. `res` is the side of a square, `size` (width, height); multiples of 16.
 
-        Other keywords are the fields of `Sampling`: n, steps, guidance, cfg_schedule, temperature, negative,
-        batch_size, preview_every. Without a seed one is drawn and reported. A list of prompts gives
+        Other keywords are the fields of `Sampling`: n, steps, guidance, cfg_schedule, temperature, negative, speed and
+        what it stands for (head_steps, order, cfg_interval, cfg_cache, solver, block_cache), batch_size, preview_every.
+        Without a seed one is drawn and reported. A list of prompts gives
         prompts x n images, copy i of each with seed + i. `noise` replaces the seeds' randomness, one source an image.
         """
         shape = as_size(res, size, self.config.resolution)
@@ -127,8 +130,9 @@ class Engine(Worker):
     ) -> Result:
         """Image and instruction to image; keywords as in `generate`.
 
-        Without a mask the picture keeps its aspect at an area of about res squared (`fit` "keep"), or is
-        cropped to a square (`fit` "crop"), or, with models that know it, has a longer side of res ("longest"). Further
+        Without a mask the picture keeps its aspect at an area of about res squared (`fit` "keep"), or is cropped to a
+        square (`fit` "crop"), or has a longer side of res ("longest"); a model knows two of these, and its default is
+        "keep" with UniPic 1.0 and DeepGen, "longest" with UniPic-2. Further
         pictures, for models that take several, are `references`: the result then is a square of side res unless it is
         given a `size` (width, height). `posterior`: "sample" draws a source's latents from the image's seed, "mean"
         takes the mean of what may be drawn; a model knows one or both, and its default is the way of its training.
@@ -136,8 +140,7 @@ class Engine(Worker):
         picture, the size stays the source's unless `fit` is given, and unmasked pixels stay exactly as they are.
         """
         picture = open_image(image)
-        if res is not None and fit is None and (mask is not None or outpaint is not None):
-            raise UsageError(f"res {res} has no effect: a masked edit keeps the picture's size", "add fit keep or crop")
+        check_res(res, fit, masked=mask is not None or outpaint is not None)
         request = EditRequest(
             image=picture,
             prompts=as_prompts(prompt),

@@ -13,6 +13,7 @@ from torch import nn
 from ..kernels._tuned import left_to_torch
 from . import families
 from .budget import bound_of, overhead
+from .checks import check_whole
 from .choosing import AUTO, Blueprint, choose
 from .device import as_dtype, dtype_name
 from .errors import UnipicWarning, UsageError
@@ -29,7 +30,7 @@ from .plan import META, Plan, Stage, shapes, taken
 from .prepare import check_shortcuts, defaults_of, settled
 from .request import GPU_BATCH, TASKS, Largest
 from .residency import DoesNotFit, Placement, Work, describe, fit
-from .sampling import SHORTCUTS, Sampling, SamplingOptions, as_sampling
+from .sampling import MAX_IMAGES, SHORTCUTS, Sampling, SamplingOptions, as_sampling
 from .segments import STEP, GrowingSegments, rounded
 from .task import Task
 from .verbs import Verbs
@@ -141,6 +142,7 @@ def ask_for(
     family = families.model(row.name)
     if task not in tasks_of(family):
         raise UsageError(f"{model} does not {task}", f"plan {' or '.join(tasks_of(family))}")
+    check_whole("n", images, 1, MAX_IMAGES)
     size = None if res is None else (res, res)
     largest = Largest(task, size, 1 if task == "ask" else min(images, GPU_BATCH), steps)  # refuses what gen would
     try:

@@ -71,7 +71,7 @@ def gather() -> Facts:
         python_headers=Path(sysconfig.get_path("include"), "Python.h").is_file(),
         extras={name: _version(name) for name in EXTRAS},
         **_cache_facts(),
-        offline=os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
+        offline=hub.is_offline(),
     )
 
 

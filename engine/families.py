@@ -103,7 +103,7 @@ FAMILIES = {
         "AI Community License), whose terms you have to keep as well, and needs Qwen2.5-VL-7B-Instruct (Apache-2.0). "
         "The model page has the last word",
         card="https://huggingface.co/Skywork/UniPic2-Metaquery-9B",
-        note=UNTRIED,
+        note=f"{UNTRIED}; Qwen2.5-VL-7B-Instruct has to be downloaded apart from it, into its folder vlm",
         shown_by="conditioner/*.safetensors",
         wanted=(
             *(f"{name}/*.safetensors" for name in ("transformer", "vae", "conditioner", "vlm")),

@@ -13,13 +13,12 @@ from . import families
 from .errors import BudgetError, UnsupportedDeviceError
 from .estimate import Asked, ask_for, tasks_of
 from .facts import Gpu
-from .gpus import DEVICE_NAMES
+from .gpus import DEVICE_NAMES, GIB
 from .placing import UNKNOWN
 from .residency import describe
 
 PATIENCE = 3.0  # seconds after which no dry run begins; one takes some more
 WANTED = [(res, quant, task) for res in (1024, 512) for quant in ("none", "int8") for task in ("gen", "edit", "ask")]
-GIB = 2**30
 
 
 @dataclass(frozen=True)

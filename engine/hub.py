@@ -14,7 +14,7 @@ from typing import Any
 
 from . import families, pins
 from .checkpoint import manifest
-from .checkpoint.cache import PACKAGED, cache_root, cached, listed_name, models_folder
+from .checkpoint.cache import PACKAGED, cache_root, cached, folder_named, listed_name, models_folder
 from .checkpoint.manifest import Progress
 from .errors import CorruptWeightsError, ModelMissingError, UsageError
 from .pins import Pin
@@ -24,6 +24,16 @@ Say = Callable[[str], None]
 SHOWN = 3  # models that a message names
 MAIN = "main"  # the branch of a repository that is no family's own
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+
+
+def is_offline() -> bool:
+    """Whether the environment keeps huggingface_hub from the network."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it could be one; whether there is one is another question."""
+    return bool(_HUB_ID.fullmatch(name)) and ".." not in name
 
 
 @dataclass(frozen=True)
@@ -157,15 +167,14 @@ def _resolve(model: str | Path, revision: str | None, offline: bool, job: _Job) 
         return PACKAGED[name]
     if name in families.FAMILIES:
         return _from_hub(families.FAMILIES[name].hub, revision, offline, job)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    if folder := folder_named(model):
         if revision is not None:
             raise UsageError(f"{name} is a folder, which has no revision {revision!r}", "leave the revision out")
         return _from_folder(folder, job)
     if found := cached(name):
         job.check(found)
         return found
-    if _HUB_ID.fullmatch(name) and ".." not in name and not folder.exists():
+    if is_hub_id(name) and not Path(name).exists():
         return _from_hub(name, revision, offline, job)
     known = ", ".join(families.short_names())
     raise ModelMissingError(f"{name} is no folder, no hub id (org/name) and no known name ({known})", works_now())
@@ -192,7 +201,7 @@ def _from_folder(folder: Path, job: _Job) -> Path:
 
 
 def _from_hub(repo: str, revision: str | None, offline: bool, job: _Job) -> Path:
-    offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    offline = offline or is_offline()
     known = pins.of_repo(repo)
     pin_file = cache_root() / "pins" / f"{_slug(repo)}.json"
     old = pin = pins.read(pin_file)
@@ -215,7 +224,8 @@ def _from_hub(repo: str, revision: str | None, offline: bool, job: _Job) -> Path
             job.convert(snapshot, dst, family.name, {"hub": pin.to_json()})
         except ModelMissingError as error:
             what = f"the copy of {repo} on this machine is incomplete: {error.what}"
-            remedy = pins.pull_command(repo) if offline else "name a repository that holds all of it"
+            whole = f"{error.remedy}, or name a repository that holds all of it"
+            remedy = pins.pull_command(repo) if offline else whole
             raise ModelMissingError(what, f"{remedy}; {works_now()}") from None
     if pin != old:
         pins.write(pin_file, pin)

@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from . import families, hub
-from .checkpoint.cache import cached
+from .checkpoint.cache import cached, folder_named, path_named
 from .errors import CorruptWeightsError, ModelMissingError
 from .families import Family
 
 
 def info(what: str) -> dict[str, Any]:
     """Of a PNG, a checkpoint folder, or a model's name. Raises UnipicError."""
-    path = Path(what).expanduser()
-    if what not in families.short_names() and path.is_dir():
-        return checkpoint_info(path)
+    if what not in families.short_names() and (folder := folder_named(what)):
+        return checkpoint_info(folder)
+    path = path_named(what)
     if found := cached(what):
         return checkpoint_info(found)
-    if what not in families.FAMILIES and (path.exists() or what.count("/") != 1):
+    if what not in families.FAMILIES and (not hub.is_hub_id(what) or path.exists()):
         return picture_info(path)
     try:
         return checkpoint_info(on_disk(what)[-1])
@@ -78,8 +78,7 @@ def on_disk(model: str) -> list[Path]:
 
     Raises ModelMissingError if there is none.
     """
-    folder = Path(model).expanduser()
-    if model not in families.short_names() and folder.is_dir():
+    if model not in families.short_names() and (folder := folder_named(model)):
         return [folder]
     repo = families.FAMILIES[model].hub if model in families.FAMILIES else model
     rows = hub.list_models()

@@ -11,14 +11,16 @@ import torch
 
 from . import budget, families, hub, limits, weights
 from .allocator import grow_segments
+from .checkpoint.cache import folder_named
 from .checkpoint.manifest import Progress
 from .choosing import AUTO, Blueprint, scheme_for
 from .device import as_device, as_dtype, current, out_of_memory
 from .errors import UsageError
+from .gpus import GIB
 from .layers.attention import resolve
 from .placing import card_of
+from .prepare import check_kind
 from .request import LargestOptions, as_largest
-from .residency import GIB
 from .source import Source
 from .tokens import Tokens
 
@@ -54,6 +56,8 @@ def load(
     bound = None if vram == budget.AUTO else budget.bound_on(place, vram)  # a wrong number is refused at once
     if vram is not None:
         budget.measure_context(place)
+    if model in families.FAMILIES:  # what it cannot do is known before it is fetched
+        check_kind(ready_for.task, families.model(model))
     folder = hub.resolve(model, revision=revision, offline=offline, on_progress=on_progress, say=say)
     if vram == budget.AUTO:  # what is free behind a pull, which may take long
         bound = budget.bound_on(place, vram)
@@ -61,6 +65,7 @@ def load(
         say(f"vram auto: {bound / GIB:.2f} GiB, what is free of the GPU less {budget.MARGIN / GIB:g}")
     row, config = families.read(folder)
     family = families.model(row.name)
+    check_kind(ready_for.task, family)
     if exact_rope and config.round_inv_freq:
         config = replace(config, round_inv_freq=False)
     tokens = Tokens(folder / "tokenizer.json", family.IMAGE, config.image_token)
@@ -84,6 +89,6 @@ def load(
 
 def named(model: str | os.PathLike[str], folder: Path) -> str:
     """What pictures say of their model: a folder is named without its path, since pictures are passed on."""
-    if model in families.short_names() or not Path(model).expanduser().is_dir():
+    if model in families.short_names() or not folder_named(model):
         return os.fspath(model)
     return folder.name

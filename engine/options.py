@@ -26,7 +26,7 @@ Size = _option(str | None, "--size", metavar="WxH", help="Width and height in pi
 Mask = _option(str | None, "--mask", metavar="FILE", help="White where to repaint; the rest stays as it is.")
 Outpaint = _option(str | None, "--outpaint", metavar="L,T,R,B", help="Pixels to add left, top, right and bottom.")
 Fit = _option(
-    str | None, "--fit", metavar="HOW", help="keep the aspect (default), crop to a square, or longest: side of --res."
+    str | None, "--fit", metavar="HOW", help="keep the aspect, crop to a square, or longest: side of --res; per model."
 )
 Posterior = _option(
     str | None, "--posterior", metavar="HOW", help="Sources as latents: sample (from the seed) or mean; per model."
@@ -40,7 +40,12 @@ Question = Annotated[
     typer.Argument(metavar="QUESTION...", help="One or more; - reads one a line from stdin.", show_default=False),
 ]
 Name = Annotated[str, typer.Argument(metavar="MODEL", help="Short name, folder or hub id.", show_default=False)]
-Res = _option(int | None, "--res", metavar="PIXELS", help="Side of a square, a multiple of 16; an edit takes its area.")
+Res = _option(
+    int | None,
+    "--res",
+    metavar="PIXELS",
+    help="Side of a square, a multiple of 16; an edit: area or side.",
+)
 N = _option(int, "-n", metavar="N", help="Copies of each prompt; copy i has seed + i.")
 Seed = _option(int | None, "--seed", metavar="S", help="Drawn and reported when not given.")
 Steps = _option(int | None, "--steps", "--iters", metavar="N", help="Rounds, or denoising steps.")

@@ -22,13 +22,14 @@ def size_of(largest: Largest, config: Any) -> tuple[int, int]:
 
 
 def task_of(largest: Largest, family: Verbs, config: Any, dtype: torch.dtype) -> Task | None:
-    """On the meta device; None for a question. An edit has one source, which the family fits as it does by default."""
+    """On the meta device; None for a question. The family fits an edit's sources as it does by default."""
     if largest.task == "ask":
         return None
     (width, height), sources = size_of(largest, config), ()
     if largest.task == "edit":
         width, height = family.fitted_size((width, height), family.fits[0], math.isqrt(width * height))
-        sources = (torch.empty(1, 3, height, width, dtype=dtype, device=META),)
+        source = torch.empty(1, 3, height, width, dtype=dtype, device=META)
+        sources = (source,) * min(largest.sources, family.most_sources)
     steps = config.rounds if largest.steps is None else largest.steps
     how = (steps, config.guidance, "constant", 1.0)
     return Task(KINDS[largest.task], height // PATCH, width // PATCH, *how, sources=sources)

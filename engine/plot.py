@@ -10,11 +10,11 @@ from itertools import groupby
 from PIL import Image, ImageDraw, ImageFont
 
 from .estimate import Asked
+from .gpus import GIB
 from .png_metadata import save_png
 from .residency import describe
 from .timeline import Moment, timeline
 
-GIB = 2**30
 SCALE = 2  # drawn larger and scaled down, for smooth lines
 WIDTH, HEIGHT = 1200, 640
 LEFT, RIGHT, TOP, BOTTOM = 76, 28, 112, 62

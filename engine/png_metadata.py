@@ -25,7 +25,6 @@ MAX_SETTINGS_BYTES = 2**20  # a prompt of 100 kB fits several times
 # What `parameters` shows of the settings: its label and our key, in the customary order.
 _LABELS = (
     ("Steps", "steps"),
-    ("Sampler", "sampler"),
     ("CFG scale", "guidance"),
     ("Seed", "seed"),
     ("Size", "size"),

@@ -72,6 +72,12 @@ def edit_task(
     return _task("edit", *size, request.sampling, defaults, **how), _unchanged
 
 
+def check_kind(kind: str, family: Verbs) -> None:
+    """Raises UsageError for questions to a family that answers none."""
+    if kind == "ask" and "ask" not in family.kinds:
+        raise UsageError("this model does not answer questions", "ask another one, such as unipic")
+
+
 def check_edit(request: EditRequest, family: Verbs) -> None:
     """Raises UsageError for what this family's edits cannot do."""
     if request.masked and "inpaint" not in family.kinds:

@@ -145,6 +145,7 @@ class Largest:
     n: int = 1  # pictures computed together
     steps: int | None = None
     previews: bool = False
+    sources: int = 1  # pictures that an edit is given, each taken to be as large as what it makes
 
     def __post_init__(self) -> None:
         check_one_of("task", self.task, TASKS)
@@ -153,6 +154,7 @@ class Largest:
             if self.task == "ask" and self.size[0] != self.size[1]:
                 raise UsageError(f"size {self.size} of a question is no square", "give res")
         check_whole("n", self.n, 1, MAX_IMAGES)
+        check_whole("sources", self.sources, 1, MAX_IMAGES)
         if self.steps is not None:
             check_whole("steps", self.steps, 1, 10**4)
 
@@ -166,6 +168,7 @@ class LargestOptions(TypedDict, total=False):
     n: int
     steps: int | None
     previews: bool
+    sources: int
 
 
 def as_largest(options: LargestOptions | None) -> Largest:
@@ -175,6 +178,12 @@ def as_largest(options: LargestOptions | None) -> Largest:
     res, size = options.pop("res", None), options.pop("size", None)
     size = None if res is None and size is None else as_size(res, size, 0)
     return Largest(size=size, **{name: as_plain(value) for name, value in options.items()})
+
+
+def check_res(res: int | None, fit: str | None, masked: bool) -> None:
+    """Raises UsageError for an edit's `res` that would change nothing."""
+    if res is not None and fit is None and masked:
+        raise UsageError(f"res {res} has no effect: a masked edit keeps the picture's size", "add fit keep or crop")
 
 
 def as_prompts(prompt: str | Sequence[str]) -> tuple[str, ...]:

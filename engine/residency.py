@@ -21,10 +21,11 @@ from itertools import pairwise
 from operator import add
 from typing import Literal
 
+from .gpus import GIB
+
 LINK = 20e9  # bytes a second from pinned memory over PCIe 4.0 x16, whose sum is 31.5e9; heuristic, never measured
 SAME = 1.02  # predictions are not better than that: of placements so close in time the simplest is taken; heuristic
 STEP = 15 / 16  # of the peak: the least step down after memory ran out; heuristic
-GIB = 2**30
 
 Where = Literal["resident", "staged", "streamed", "host", "idle"]
 

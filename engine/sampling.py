@@ -58,7 +58,7 @@ class Sampling:
         check_one_of("cfg_schedule", self.cfg_schedule, CFG_SCHEDULES)
         check_one_of("speed", self.speed, SPEEDS)
         self._check_shortcuts()
-        if self.negative:  # an empty one is a wish, too
+        if self.negative not in (None, ""):  # an empty one is a wish, too
             check_text("negative prompt", self.negative)
 
     def _check_shortcuts(self) -> None:

@@ -35,8 +35,8 @@ class Order:
         What only the model knows stands there as a placeholder of the right type.
         """
         sampling = {name: getattr(self.sampling, name) for name in ("speed", *SAMPLED)}
-        later = {"size": "0x0", "steps": 0, "guidance": 0.0}
-        later |= dict.fromkeys(("dtype", "device", "attention", "order", "cfg_interval", "cfg_cache", "solver"), "")
+        later = {"size": "0x0", "steps": 0, "guidance": 0.0, "cfg_interval": (0.0, 1.0)}
+        later |= dict.fromkeys(("dtype", "device", "attention", "order", "cfg_cache", "solver"), "")
         said = {name: value for name, value in (sampling | self.known).items() if value is not None}
         shared = {"version": __version__, "task": self.task, "model": model, **later, **said}
         copies = [(self.sampling.seed + copy) & MAX_SEED for copy in range(self.sampling.n)]

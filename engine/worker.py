@@ -4,10 +4,11 @@ A lock makes threads wait for each other, and a streamed answer holds it until i
 """
 
 import gc
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -24,7 +25,7 @@ from .making import Job, jobs_of, make_images
 from .noise import Noise
 from .outcome import Answer, CancelToken, Event, Result
 from .placing import Placing
-from .prepare import Finish, check_shortcuts, defaults_of, note_doubts
+from .prepare import Finish, check_kind, check_shortcuts, defaults_of, note_doubts
 from .reading import Reader, answer_all
 from .request import GPU_BATCH, AskRequest, EditRequest, GenerateRequest
 from .room import Room
@@ -72,6 +73,7 @@ class Worker:
         self._release = weakref.finalize(self, release)
         self._release.atexit = False
         self._streams: weakref.WeakSet[Generator[str]] = weakref.WeakSet()
+        self._closing = False
 
     def __enter__(self) -> Self:
         return self
@@ -81,9 +83,11 @@ class Worker:
 
     def close(self) -> None:
         """Free everything, ending streamed answers that are still open. A closed engine refuses work."""
+        self._closing = True
         for stream in list(self._streams):
-            with suppress(ValueError):  # another thread is just reading it: wait for its next piece below
-                stream.close()
+            while stream.gi_running:  # another thread waits for its next piece, behind which it ends
+                time.sleep(0.01)
+            stream.close()
         with self.lock:
             if self.loaded is not None:
                 self.loaded.model.graphs.clear()  # which hold the model that holds them
@@ -140,6 +144,8 @@ class Worker:
         with self._working("answering", answering=True) as loaded:
             text = loaded.tokens.stream()
             for token in self._reader(loaded, picture, [request]).answer(request, cancel):
+                if self._closing:
+                    return
                 if piece := text.push(token):
                     yield piece
                     self.lock.adopt()  # whoever resumed it
@@ -147,8 +153,7 @@ class Worker:
                 yield piece
 
     def _reader(self, loaded: Loaded, picture: Image.Image, requests: Sequence[AskRequest]) -> Reader:
-        if "ask" not in loaded.family.kinds:
-            raise UsageError("this model does not answer questions", "ask another one, such as unipic")
+        check_kind("ask", loaded.family)
         if loaded.family.tuned and not (self.source and self.source.untuned):
             warnings.warn(UNVERIFIED, UnipicWarning, stacklevel=3)
         room = Room(loaded)

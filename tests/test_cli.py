@@ -246,8 +246,9 @@ def test_edit_a_mask_and_outpainting(run, model, photo):
     assert np.array_equal(after[:, 40:], before[:, 40:]) and not np.array_equal(after[:, :40], before[:, :40])
     assert run("edit", photo, "a wall", "--outpaint", "0,0,8,16", *quick, "-o", "{task}.png")[0] == 0
     assert pixels("inpaint.png").shape == (112, 128, 3)
-    code, _, err = run("edit", photo, "a wall", "--mask", "mask.png", *quick, "--res", "64")
-    assert code == 2 and "res 64 has no effect" in err
+    nowhere = ("--mask", "mask.png", "-m", "someone/nowhere", "--offline")
+    code, _, err = run("edit", photo, "a wall", *nowhere, "--res", "64")
+    assert code == 2 and "res 64 has no effect" in err, "before a model is looked for"
 
 
 def test_ask_streams_one_answer_and_lists_several(run, model, photo):
@@ -386,7 +387,12 @@ def test_expected_settings_are_those_of_the_pictures(run, model, tmp_path):
     expected = order.expected_settings(model)
     assert [(e["prompt"], e["seed"]) for e in expected] == [("a", 2**64 - 1), ("a", 0), ("b", 2**64 - 1), ("b", 0)]
     code, out, _ = run("gen", "a", "--model", model, *QUICK, "-o", str(tmp_path / "a.png"))
-    assert code == 0 and set(read_settings(Path(out.strip()))) == set(expected[0])
+    real = read_settings(Path(out.strip()))
+    assert code == 0 and set(real) == set(expected[0])
+    in_names = [
+        {name for name, value in one.items() if isinstance(value, str | int | float)} for one in (real, expected[0])
+    ]
+    assert in_names[0] == in_names[1], "what a name may use"
 
 
 def test_pull_list_info_verify_on_what_is_here(run, model, tiny_release):
@@ -467,6 +473,24 @@ def test_ctrl_c_in_the_first_picture_leaves_nothing(model):
     assert (process.returncode, out, err) == (130, "", "error: cancelled\n") and not pngs()
 
 
+def test_what_no_picture_will_have_is_refused_before_a_model_is_looked_for(run):
+    code, _, err = run("gen", "x", "-m", "someone/nowhere", "--offline", "-o", "{cfg_interval}-{seed}.png")
+    assert code == 2 and "cfg_interval" in err
+
+
+def test_a_question_to_a_model_that_answers_none_fetches_nothing(run, photo):
+    code, _, err = run("ask", photo, "what is it?", "--model", "unipic2-kontext", "--offline")
+    assert code == 2 and "does not answer questions" in err
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/m", "m" * 300])
+def test_a_name_that_can_be_no_path_is_no_model(run, name):
+    save_png(Image.new("RGB", (16, 16)), "hostile.png", {"task": "generate", "prompt": "x", "model": name})
+    for words, code in ((("gen", "x", "-m", name), 4), (("gen", "--from", "hostile.png"), 2), (("verify", name), 4)):
+        assert run(*words)[0] == code
+    assert run("info", name)[0] == 2
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGPIPE")
 def test_a_reader_that_goes_away_is_no_news():
     process = subprocess.Popen([command(), "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -497,6 +521,10 @@ def test_an_unwritable_folder_is_refused_first(run):
         (["edit", "photo.jpg", "x"], {"task": "edit", "n": 1}),
         (["edit", "photo.jpg", "x", "--res", "64"], {"task": "edit", "n": 1, "size": (64, 64)}),
         (["edit", "photo.jpg", "x", "--outpaint", "0,0,9,16"], {"task": "edit", "n": 1, "size": (144, 112)}),
+        (
+            ["edit", "photo.jpg", "x", "--ref", "photo.jpg", "--size", "96x64"],
+            {"task": "edit", "n": 1, "size": (96, 64), "sources": 2},
+        ),
         (["ask", "photo.jpg", "x", "--res", "64"], {"task": "ask", "size": (64, 64)}),
     ],
 )

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -32,7 +33,24 @@ def cached(name: str) -> Path | None:
     """The model in our format that `list` shows under this name."""
     folder = PACKAGED.get(name, models_folder() / name)
     plain = Path(name).name == name and ".partial-" not in name
-    return folder if plain and (folder / MANIFEST).is_file() else None
+    with suppress(OSError):  # a name too long to be one
+        return folder if plain and (folder / MANIFEST).is_file() else None
+    return None
+
+
+def folder_named(name: str | os.PathLike[str]) -> Path | None:
+    """The folder that a name is the path of, if there is one; a name that can be no path is none."""
+    with suppress(OSError):
+        return path if (path := path_named(name)).is_dir() else None
+    return None
+
+
+def path_named(name: str | os.PathLike[str]) -> Path:
+    """With `~` expanded where it stands for a home."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
 
 
 def listed_name(folder: Path) -> str:

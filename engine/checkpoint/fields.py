@@ -16,7 +16,7 @@ _HOLDS: dict[str, Callable[[Any, Any], bool]] = {
     "twice the sum of": lambda a, b: a == 2 * sum(b),
 }
 
-# The fields that both families have, and what must hold between them.
+# Fields that families share, and what must hold between them.
 BOUNDS: dict[str, tuple[float, float]] = {
     "llm.vocab": (1, 2**22),
     "llm.width": (1, 2**16),

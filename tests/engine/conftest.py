@@ -9,7 +9,7 @@ import pytest
 import torch
 from unipic_run import Engine
 from unipic_run.engine import budget, limits
-from unipic_run.engine.residency import GIB
+from unipic_run.engine.gpus import GIB
 
 
 class Card:

@@ -15,8 +15,8 @@ from unipic_run.engine.budget import (
     overhead,
 )
 from unipic_run.engine.errors import BudgetError, UsageError
+from unipic_run.engine.gpus import GIB
 from unipic_run.engine.nvml import free_bytes
-from unipic_run.engine.residency import GIB
 
 CPU = torch.device("cpu")
 MIB = 2**20

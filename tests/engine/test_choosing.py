@@ -11,11 +11,11 @@ from unipic_run.engine.checkpoint.convert import convert
 from unipic_run.engine.choosing import Blueprint, choose, least_whole, scheme_for
 from unipic_run.engine.errors import UsageError
 from unipic_run.engine.estimate import RoughTokens
-from unipic_run.engine.gpus import CARDS
+from unipic_run.engine.gpus import CARDS, GIB
 from unipic_run.engine.layers.attention import Attention
 from unipic_run.engine.models.unipic.config import RELEASED
+from unipic_run.engine.outline import task_of
 from unipic_run.engine.request import Largest
-from unipic_run.engine.residency import GIB
 
 CARD, CPU = CARDS["rtx4090"], torch.device("cpu")
 BESIDE = overhead(CARD)
@@ -75,6 +75,14 @@ def test_the_largest_request_that_is_declared_decides(plan, monkeypatch):
         (Largest("ask", (512, 512)), "a question about 512x512 takes"),
     ):
         assert choosing.told(largest, plan.config) == said
+
+
+def test_an_edit_has_as_many_sources_as_were_declared():
+    family, config = families.model("deepgen"), families.architecture("deepgen")[1]
+    task = task_of(Largest("edit", (96, 64), sources=3), family, config, torch.bfloat16)
+    assert len(task.sources) == 3 and {source.shape for source in task.sources} == {(1, 3, 64, 96)}
+    unipic = families.model("unipic")
+    assert len(task_of(Largest("edit", sources=3), unipic, RELEASED, torch.bfloat16).sources) == 1, "it takes no more"
 
 
 def needed_for(plan, moving=False, **how):

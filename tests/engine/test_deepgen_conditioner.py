@@ -194,7 +194,8 @@ def test_metaquery_equals_the_recorded_runs(name: str, conditioner_of_metaquery:
     tensors["input_ids"] = tensors["input_ids"][:, : -MQ.queries]
     rows = list(prompts(tensors, [len(pictures)], pictures))
     queries = conditioner_of_metaquery.queries
-    hidden = conditioner.query_states(reader.llm, reader.embed, queries, rows, IMAGE)
+    read = conditioner.with_queries(reader.embed, queries, rows, IMAGE)
+    hidden = conditioner.last_states(reader.llm, read, [conditioner.in_a_row(x) for x in read], len(queries))
     close(hidden, tensors["query_hidden"])
     text, pooled = conditioner_of_metaquery(hidden)
     close(text, tensors["seq"])

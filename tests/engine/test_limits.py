@@ -4,8 +4,8 @@ import pytest
 import torch
 from unipic_run.engine import budget
 from unipic_run.engine.budget import CONTEXT
+from unipic_run.engine.gpus import GIB
 from unipic_run.engine.limits import held_to
-from unipic_run.engine.residency import GIB
 
 OWN = CONTEXT / GIB
 

@@ -1,6 +1,7 @@
 """One call at a time, streams that are left open, precision switches of the process, and memory that runs out."""
 
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,6 +14,7 @@ from unipic_run import Engine
 from unipic_run.engine.device import out_of_memory
 from unipic_run.engine.errors import BudgetError, HostMemoryError, UsageError
 from unipic_run.engine.precision import true_float32
+from unipic_run.engine.reading import Reader
 
 QUICK = {"res": 64, "steps": 3}
 PHOTO = Image.new("RGB", (40, 30), "orange")
@@ -90,6 +92,29 @@ def test_leaving_the_block_ends_open_streams_and_keeps_the_users_error(
     assert list(stream) == [] and model() is None
     with pytest.raises(UsageError, match="closed"):
         engine.generate("a cat")
+
+
+def test_closing_ends_an_answer_that_another_thread_is_reading(
+    tiny_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNIPIC_RUN_CACHE", str(tmp_path))
+    engine, heard, begun, go_on = Engine.from_pretrained(tiny_release, device="cpu"), [], threading.Event(), []
+    ids = Reader.answer
+
+    def endless(self, request, cancel):
+        token = next(ids(self, request, cancel))
+        while True:
+            begun.set()
+            go_on.append(time.sleep(0.05))
+            yield token
+
+    monkeypatch.setattr(Reader, "answer", endless)
+    stream = engine.ask(PHOTO, "what is this?", res=64, stream=True)
+    reader = threading.Thread(target=lambda: heard.extend(stream), daemon=True)
+    reader.start()
+    assert begun.wait(30) and in_thread(engine.close) == [None]
+    reader.join(timeout=30)
+    assert not reader.is_alive() and engine.loaded is None
 
 
 def test_float32_scope_restores_the_callers_settings_after_the_last_engine() -> None:

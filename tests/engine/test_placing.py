@@ -11,7 +11,7 @@ from unipic_run import Engine
 from unipic_run.engine import budget, gpus, limits, loading
 from unipic_run.engine.budget import overhead
 from unipic_run.engine.errors import BudgetError, HostMemoryError, UsageError
-from unipic_run.engine.residency import GIB
+from unipic_run.engine.gpus import GIB
 from unipic_run.engine.transfer import room_of, tensors_of
 
 HOW = {"res": 64, "steps": 3, "seed": 5}

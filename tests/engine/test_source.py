@@ -17,11 +17,11 @@ from unipic_run.engine import budget, limits
 from unipic_run.engine.checkpoint import manifest
 from unipic_run.engine.checkpoint.convert import convert
 from unipic_run.engine.errors import CorruptWeightsError, UnipicWarning
+from unipic_run.engine.gpus import GIB
 from unipic_run.engine.info import checkpoint_info
 from unipic_run.engine.models.deepgen import model as deepgen
 from unipic_run.engine.models.deepgen.vision import as_patches
 from unipic_run.engine.picture import to_pixels
-from unipic_run.engine.residency import GIB
 
 HOW = {"res": 64, "steps": 2, "seed": 5}
 QUESTION, LIMIT = "what is this?", 8

@@ -24,6 +24,7 @@ from unipic_run.engine.models.deepgen.sampler import Sampler
 from unipic_run.engine.models.unipic2.kontext import text_encoders
 from unipic_run.engine.models.unipic2.kontext.prompts import TOKENIZERS, ids_of
 from unipic_run.engine.models.unipic2.limits import fitted_size
+from unipic_run.engine.models.unipic2.metaquery import released
 from unipic_run.engine.models.unipic2.metaquery.shrink import smaller
 from unipic_run.engine.noise import FlowTape
 from unipic_run.engine.prepare import Defaults, edit_task, generate_task
@@ -55,6 +56,13 @@ class Model:
     folder: Path
     module: nn.Module
     tokens: Tokens
+
+
+def test_all_of_the_language_model_is_read_from_its_folder_whatever_it_is_called(tmp_path: Path) -> None:
+    for name in ("transformer", "conditioner", "Qwen2.5-VL-7B-Instruct"):
+        (tmp_path / name).mkdir()
+    small = released.locate(tmp_path).small()
+    assert {small[use].parent.name for use in ("vlm", "generation")} == {"Qwen2.5-VL-7B-Instruct"}
 
 
 def release(name: str, into: Path) -> Path:

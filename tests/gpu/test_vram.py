@@ -13,7 +13,7 @@ import torch
 from unipic_run import Engine
 from unipic_run.engine.budget import CONTEXTS, LATER, context_on
 from unipic_run.engine.errors import BudgetError
-from unipic_run.engine.residency import GIB
+from unipic_run.engine.gpus import GIB
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::unipic_run.engine.errors.UnipicWarning")]
 HOW = {"prompt": "a red fox", "res": 96, "steps": 4, "seed": 3}

@@ -108,15 +108,6 @@ def with_queries(embed: nn.Embedding, queries: Tensor, rows: Sequence[Row], imag
     return [torch.cat([embedded(embed, row, image_token), queries[None]], dim=1) for row in rows]
 
 
-def query_states(llm: Qwen2, embed: nn.Embedding, queries: Tensor, rows: Sequence[Row], image_token: int) -> Tensor:
-    """What the conditioner of UniPic-2 MetaQuery reads, (R, queries, D): the final states of the queries alone.
-
-    It was trained with positions that count placeholders as text, also where there are pictures.
-    """
-    read = with_queries(embed, queries, rows, image_token)
-    return last_states(llm, read, [in_a_row(x) for x in read], len(queries))
-
-
 def in_a_row(x: Tensor) -> Tensor:
     """Positions (1, L) of x (1, L, D) that count every token alike."""
     return torch.arange(x.shape[1], device=x.device)[None]

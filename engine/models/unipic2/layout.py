@@ -34,7 +34,7 @@ class Layout:
         return {
             **{name: folder / "config.json" for name, folder in self.components.items()},
             "scheduler": self.folder / "scheduler" / "scheduler_config.json",
-            "generation": self.folder / "vlm" / "generation_config.json",
+            "generation": self.components.get("vlm", self.folder / "vlm") / "generation_config.json",
             **{f"{use}/{name}": place / name for use, place in self.tokenizers.items() for name in TOKENIZER_FILES},
         }
 

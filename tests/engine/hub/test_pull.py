@@ -43,6 +43,17 @@ def test_later_runs_need_no_network_and_stay_until_moved(server, pin_of):
     assert names == {"pocket", first.name, second.name}
 
 
+def test_what_the_repository_does_not_hold_is_said_with_its_remedy(server, monkeypatch):
+    """As of UniPic-2 MetaQuery, whose language model comes apart."""
+
+    def convert(self, src, *given):
+        raise ModelMissingError(f"{src / 'vlm'} holds no safetensors", "download its vlm into that folder")
+
+    monkeypatch.setattr(hub._Job, "convert", convert)
+    with pytest.raises(ModelMissingError, match=r"incomplete: .*vlm holds no.*download its vlm into that folder, or"):
+        hub.resolve(REPO)
+
+
 def test_wrong_bytes_of_the_right_size_are_refused_and_removed(server, cache):
     good = server.files["kl16.ckpt"]
     server.served["kl16.ckpt"] = good[:-1] + bytes([good[-1] ^ 1])
