@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._device import activate, moments
 from ._op import Case, Cost, Operator, launch, random_tensor, tl, triton
+from ._tuned import Options, dtype_class, row_class, tuned
 from .linear import linear
 
 
@@ -110,8 +111,18 @@ def _gated_linear_kernel(
     tl.store(y_ptr + row[:, None] * OUT + col[None, :], y.to(y_ptr.dtype.element_ty), mask=there)
 
 
-def _tiles(rows: int, weight: Tensor, **for_many: int) -> dict[str, int]:
-    """Heuristic: few rows are bound by reading W, so many programs share it out; many rows want to reuse it."""
+def _tiles(kernel: str, rows: int, weight: Tensor, operands: int, **for_many: int) -> Options:
+    """`operands`: of the product's left side, how many tensors make it."""
+
+    def staged(tiles: Options) -> int:
+        return tiles["BLOCK_K"] * (operands * tiles["BLOCK_M"] + tiles["BLOCK_N"]) * weight.element_size()
+
+    key = f"{dtype_class(weight.dtype)} m{row_class(rows)} n{len(weight)} k{weight.shape[1]}"
+    return tuned(kernel, key, _heuristic(rows, weight, **for_many), weight.device, staged)
+
+
+def _heuristic(rows: int, weight: Tensor, **for_many: int) -> Options:
+    """Few rows are bound by reading W, so many programs share it out; many rows want to reuse it."""
     k = 256 // weight.element_size()
     if rows <= 32:
         return {"BLOCK_M": 16 if rows <= 16 else 32, "BLOCK_N": 16, "BLOCK_K": k, "num_warps": 4, "num_stages": 4}
@@ -127,7 +138,7 @@ def _modulated_linear_triton(h, shift, scale, norm_weight, norm_bias, eps, weigh
     if shift.stride() != scale.stride() or shift.stride(1) != 1:
         shift, scale = shift.contiguous(), scale.contiguous()
     h = h if h.stride(1) == 1 else h.contiguous()
-    y, tiles = h.new_empty(rows, out), _tiles(rows, weight, num_warps=8, num_stages=2)
+    y, tiles = h.new_empty(rows, out), _tiles("modulated_linear", rows, weight, 3, num_warps=8, num_stages=2)
     launch(
         _modulated_linear_kernel,
         (triton.cdiv(out, tiles["BLOCK_N"]), triton.cdiv(rows, tiles["BLOCK_M"])),
@@ -154,7 +165,7 @@ def _modulated_linear_triton(h, shift, scale, norm_weight, norm_bias, eps, weigh
 def _gated_linear_triton(u, weight, bias, gate, h):
     (rows, width), out = u.shape, len(weight)
     u, gate, h = (x if x.stride(1) == 1 else x.contiguous() for x in (u, gate, h))
-    y, tiles = h.new_empty(rows, out), _tiles(rows, weight, num_warps=4, num_stages=3)
+    y, tiles = h.new_empty(rows, out), _tiles("gated_linear", rows, weight, 1, num_warps=4, num_stages=3)
     launch(
         _gated_linear_kernel,
         (triton.cdiv(out, tiles["BLOCK_N"]), triton.cdiv(rows, tiles["BLOCK_M"])),

@@ -24,12 +24,11 @@ from ._product import (
     INSTRUCTION,
     check_product,
     dequantised,
-    fewest_clocks,
     halves,
     place,
     product_cost,
     product_operands,
-    tile_options,
+    product_options,
     whole_sums,
 )
 from .int8_linear import int8_linear_ref, int8_linear_torch
@@ -190,7 +189,8 @@ def _int8_linear_to_joint_triton(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     numbers = torch.empty((2, pictures, heads, n + m, WIDTH), dtype=torch.int8, device=x.device)
     scale = torch.empty(numbers.shape[:-1], dtype=torch.float32, device=x.device)
     values = torch.empty(numbers.shape[1:], dtype=torch.float16, device=x.device)
-    options = tile_options(fewest_clocks(TILES, pictures * (n + m), len(weight)))
+    shape = pictures * (n + m), len(weight), k
+    options = product_options("int8_to_joint", "", TILES, shape, x.device, fixed=("BLOCK_N",))
     image_tiles, text_tiles = (triton.cdiv(length, options["BLOCK_M"]) for length in (n, m))
     launch(
         _to_joint_kernel,

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ._attend import LOG2_E, attend, empty_state, head_blocks, load_rows, store_means
 from ._op import Case, Cost, Operator, launch, tl, triton, unit_rows
+from ._tuned import dtype_class, tuned
 from .attention import attention_cost, attention_ref, attention_torch, random_qkv, tiles
 
 
@@ -117,7 +118,9 @@ def _prefix_attention_triton(q, k, v, prefix_k, prefix_v, prefix_of, lengths):
     rows, heads, length, width = q.shape
     out = torch.empty(rows, length, heads, width, dtype=q.dtype, device=q.device)
     d0, d1 = head_blocks(width)
-    tile = tiles(q.dtype)
+    step = 2 * (d0 + d1) * q.element_size()  # bytes of a key and a value
+    key = f"{dtype_class(q.dtype)} d{width}"
+    tile = tuned("prefix_attention", key, tiles(q.dtype), q.device, lambda tile: tile["BLOCK_N"] * step)
     launch(
         _prefix_attention_kernel,
         (-(-length // tile["BLOCK_M"]), rows * heads),
