@@ -14,10 +14,13 @@ from ..engine.tokens import Tokens
 from .data import Shard, ask_about
 from .phrases import phrase
 from .plans import JointPlan
+from .samples import Sample, reworded
+from .scenes import Spec
 from .tokenizer import END
 from .train_vae import Autoencoder
 
 DROPPED = 0.1  # share of prompts replaced by the unconditional one
+REWORDED = 0.4  # and of pictures that are described otherwise
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Draw:
 
     def pictures(self, count: int) -> Pictures:
         shard, chosen = self._chosen("samples", count)
-        texts = [turn("generate", phrase(shard.samples[i].spec, self.rng)) for i in chosen]
+        texts = [turn("generate", phrase(self._spec(shard.samples[i]), self.rng)) for i in chosen]
         made = self._seen(shard.latents, shard.labels, chosen)
         return Pictures(made, self._words(self._dropped(texts, "generate")))
 
@@ -99,6 +102,9 @@ class Draw:
         asked = [ask_about(self.rng, shard.edits[i].source) for i in chosen for _ in range(each)]
         words = self._words([turn("ask", question) for question, _ in asked], [answer + END for _, answer in asked])
         return Answers(self._seen(shard.sources, shard.source_labels, chosen), words)
+
+    def _spec(self, sample: Sample) -> Spec:
+        return reworded(sample, self.rng) if self.rng.random() < REWORDED else sample.spec
 
     def _chosen(self, what: str, count: int) -> tuple[Shard, list[int]]:
         shard = self.shards[int(self.rng.integers(len(self.shards)))]

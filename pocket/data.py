@@ -26,7 +26,8 @@ from .train_vae import Autoencoder, device_of, to_input
 
 # What is hard comes more often.
 DRAWN = (*CATEGORIES, "counting", "position", "binding", "scene")
-ASKED = (*questions.KINDS, "count", "where", "yes or no")
+ASKED = (*questions.KINDS, "count", "where", "where", "yes or no", "yes or no")
+EDITED = (*KINDS, "recolour", "add", "move", "move")
 COVERS = 0.15  # share of a cell that an object must cover to be its label
 ENCODED_AT_ONCE = 16
 
@@ -37,7 +38,7 @@ class Shard:
     def __init__(self, seed: int, number: int, sizes: Sizes) -> None:
         rng = np.random.default_rng((seed, 1, number))
         self.samples: list[Sample] = [sample(rng, pick(rng, DRAWN), "train") for _ in range(sizes.scenes)]
-        self.edits: list[Edit] = [sample_edit(rng, pick(rng, KINDS), "train") for _ in range(sizes.edits)]
+        self.edits: list[Edit] = [sample_edit(rng, pick(rng, EDITED), "train") for _ in range(sizes.edits)]
         self.latents = self.sources = self.targets = torch.empty(0)
 
     def encode(self, vae: Autoencoder, scale: float, kept: Path | None) -> "Shard":

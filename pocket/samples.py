@@ -44,6 +44,23 @@ def sample(rng: Generator, category: str, split: Split) -> Sample:
         return Sample(category, phrase(spec, rng), spec, scene)
 
 
+def reworded(sample: Sample, rng: Generator) -> Spec:
+    """The same picture by places rather than colours; as it was where objects are several of a kind, or held out so.
+
+    What is held out leaves words little company: no training prompt joins "a circle" by "and" if it says neither its
+    colour nor its place.
+    """
+    spec, figures = sample.spec, sample.scene.figures
+    if spec.relation is not None or len(figures) != len(spec.groups):
+        return spec
+    groups = [
+        replace(group, colour=pick(rng, (None, group.colour)), place=figure.place)
+        for group, figure in zip(spec.groups, figures, strict=True)
+    ]
+    other = replace(spec, groups=tuple(groups))
+    return spec if held_out(other) else other
+
+
 def propose(rng: Generator, category: str) -> Spec:
     """A spec of the category, from either side of the split; it may be too crowded to paint."""
     draw = _Draw(rng)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from unipic_run.pocket.layout import EDGE, GAP, lay_out
 from unipic_run.pocket.painter import paint
-from unipic_run.pocket.samples import CATEGORIES, propose, sample
+from unipic_run.pocket.phrases import phrase
+from unipic_run.pocket.samples import CATEGORIES, propose, reworded, sample
 from unipic_run.pocket.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -52,6 +53,18 @@ def test_training_neither_names_nor_shows_what_is_held_out_and_every_test_prompt
         if split == "train":
             assert not any(map(held_out_combination, shown(one.scene))), one.prompt
     assert all(len({s.prompt for s in samples if s.category == category}) >= 50 for category in CATEGORIES)
+
+
+def test_pictures_described_otherwise_are_still_what_is_said_and_nothing_held_out():
+    rng, bare = np.random.default_rng(3), set()
+    for category in CATEGORIES:
+        for _ in range(DRAWN):
+            one = sample(rng, category, "train")
+            other = reworded(one, rng)
+            assert not held_out(other) and not broken(one.scene, other), (one.prompt, phrase(other, rng))
+            if category == "two objects":
+                bare |= {group.shape for group in other.groups if group.colour is None}
+    assert bare == {*SHAPES}, "circles and crosses among them, which in no other such prompt go without their colour"
 
 
 def test_training_holds_every_primitive():
