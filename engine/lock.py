@@ -17,13 +17,18 @@ class CallLock:
         self._holder: int | None = None
 
     def __enter__(self) -> None:
-        if self._holder == threading.get_ident():
+        if self.is_mine:
             raise UsageError(
                 "this engine is still busy with a call of the same thread",
                 "read the streamed answer to its end, or close() it, before the next call",
             )
         self._lock.acquire()
         self._holder = threading.get_ident()
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether the calling thread holds it."""
+        return self._holder == threading.get_ident()
 
     def adopt(self) -> None:
         """The calling thread goes on with what another one began."""

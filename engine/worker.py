@@ -82,12 +82,27 @@ class Worker:
         self.close()
 
     def close(self) -> None:
-        """Free everything, ending streamed answers that are still open. A closed engine refuses work."""
+        """Free everything, ending streamed answers that are still open. A closed engine refuses work.
+
+        Raises UsageError in the middle of a call of the same thread, and then leaves all as it is.
+        """
         self._closing = True
-        for stream in list(self._streams):
-            while stream.gi_running:  # another thread waits for its next piece, behind which it ends
-                time.sleep(0.01)
-            stream.close()
+        try:
+            self._end_streams()
+            self._free()
+        except BaseException:
+            self._closing = False
+            raise
+
+    def _end_streams(self) -> None:
+        """Those that other threads are in end at their next piece; none of a call of this thread that is still on."""
+        left = list(self._streams)
+        while left := [stream for stream in left if not ended(stream)]:
+            if self.lock.is_mine:
+                return
+            time.sleep(0.01)
+
+    def _free(self) -> None:
         with self.lock:
             if self.loaded is not None:
                 self.loaded.model.graphs.clear()  # which hold the model that holds them
@@ -174,7 +189,7 @@ class Worker:
     def _working(self, doing: str, answering: bool = False) -> Iterator[Loaded]:
         """Alone on the engine, counting memory, and failing as a UnipicError when memory runs out."""
         with self.lock, out_of_memory(doing), current(self.device):
-            if self.loaded is None:
+            if self.loaded is None or self._closing:
                 raise UsageError("this engine is closed", "load it again with Engine.from_pretrained")
             reset_memory_peak(self.device)
             with self.placing.running() if self.placing else nullcontext():
@@ -204,3 +219,12 @@ class Worker:
             "attention": self.attention,
         }
         return {name: value for name, value in known.items() if value is not None}
+
+
+def ended(stream: Generator[str]) -> bool:
+    """Close a streamed answer, unless a thread is just in it."""
+    try:
+        stream.close()
+    except ValueError:
+        return False
+    return True

@@ -20,7 +20,7 @@ from .tokenizer import END
 from .train_vae import Autoencoder
 
 DROPPED = 0.1  # share of prompts replaced by the unconditional one
-REWORDED = 0.4  # and of pictures that are described otherwise
+REWORDED = 0.4  # and of pictures of which it is tried to describe them otherwise: not all can be
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,50 @@ def test_closing_ends_an_answer_that_another_thread_is_reading(
     assert not reader.is_alive() and engine.loaded is None
 
 
+def test_closing_waits_for_no_stream_that_waits_for_another(
+    tiny_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNIPIC_RUN_CACHE", str(tmp_path))
+    engine, outcome = Engine.from_pretrained(tiny_release, device="cpu"), []
+    first, second = (engine.ask(PHOTO, "what is this?", res=64, stream=True) for _ in range(2))
+    next(first)
+
+    def read() -> None:
+        try:
+            outcome.append(list(second))
+        except UsageError as error:
+            outcome.append(error)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    while not second.gi_running:
+        time.sleep(0.01)
+    engine._streams = [second, first]  # in the worse order
+    assert in_thread(engine.close) == [None]
+    reader.join(timeout=30)
+    assert not reader.is_alive() and isinstance(outcome[0], UsageError), "it had not begun"
+
+
+def test_a_close_in_the_middle_of_a_call_is_refused_and_changes_nothing(tiny_engine: Engine) -> None:
+    refused = []
+
+    def close(*given: object) -> None:
+        with pytest.raises(UsageError, match="busy with a call of the same thread"):
+            tiny_engine.close()
+        refused.append(True)
+
+    assert tiny_engine.generate("a cat", on_event=close, **QUICK).images and refused
+    answered = Reader.answer
+
+    def answer(self, request, cancel):
+        close()
+        yield from answered(self, request, cancel)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reader, "answer", answer)
+        assert list(tiny_engine.ask(PHOTO, "what is this?", res=64, stream=True))
+
+
 def test_float32_scope_restores_the_callers_settings_after_the_last_engine() -> None:
     scope = torch.backends.cuda.matmul
     before, scope.fp32_precision = scope.fp32_precision, "tf32"
