@@ -161,16 +161,15 @@ def edit(
         size=None if size is None else a.parse_size(size),
     )
     sampling = a.sampling(asked, n=n, batch_size=batch_size, preview_every=preview_every)
-    EditRequest(picture, tuple(prompts), sampling, PATCH if res is None else res, **where)  # refuses early
-    masked = bool({"mask", "outpaint"} & {*where})
+    request = EditRequest(picture, tuple(prompts), sampling, PATCH if res is None else res, **where)  # refuses early
+    check_res(res, fit, request.masked)
     _hint(terminal, model, prompts)
-    check_res(res, fit, masked)
-    kind = "inpaint" if masked else "edit"
+    kind = "inpaint" if request.masked else "edit"
     pictures = Order(kind, tuple(prompts), sampling, a.given(fit=fit, posterior=posterior))
     saving = {"target": output, "overwrite": overwrite, "metadata": not no_metadata}
     loading = a.loading(asked, device=device, attention=attn, revision=revision, offline=offline)
     made = where.get("size") or a.edited_size(picture.size, res, fit, where.get("outpaint"), "mask" in where)
-    largest = a.largest("edit", len(prompts), sampling, made, 1 + len(where.get("references", ())))
+    largest = a.largest("edit", len(prompts), sampling, made, 1 + len(request.references))
     loading |= {"vram": vram, "drop_idle": drop_idle, "largest": largest}
     make_pictures(terminal, pictures, saving, loading, image=picture, res=res, **where)
 

@@ -131,16 +131,15 @@ class Engine(Worker):
         """Image and instruction to image; keywords as in `generate`.
 
         Without a mask the picture keeps its aspect at an area of about res squared (`fit` "keep"), or is cropped to a
-        square (`fit` "crop"), or has a longer side of res ("longest"); a model knows two of these, and its default is
-        "keep" with UniPic 1.0 and DeepGen, "longest" with UniPic-2. Further
-        pictures, for models that take several, are `references`: the result then is a square of side res unless it is
-        given a `size` (width, height). `posterior`: "sample" draws a source's latents from the image's seed, "mean"
-        takes the mean of what may be drawn; a model knows one or both, and its default is the way of its training.
+        square (`fit` "crop"), or has a longer side of res ("longest"); a model knows some of these, and its default is
+        "keep" with UniPic 1.0 and DeepGen, "longest" with UniPic-2. Further pictures, for models that take several, are
+        `references`: the result then is a square of side res unless it is given a `size` (width, height). `posterior`:
+        "sample" draws a source's latents from the image's seed, "mean" takes the mean of what may be drawn; a model
+        knows one or both, and its default is the way of its training.
         With `mask` (white = regenerate) or `outpaint` (left, top, right, bottom pixels) the prompt describes the whole
         picture, the size stays the source's unless `fit` is given, and unmasked pixels stay exactly as they are.
         """
         picture = open_image(image)
-        check_res(res, fit, masked=mask is not None or outpaint is not None)
         request = EditRequest(
             image=picture,
             prompts=as_prompts(prompt),
@@ -153,6 +152,7 @@ class Engine(Worker):
             references=tuple(map(open_image, references)),
             size=None if size is None else as_size(None, size, 0),
         )
+        check_res(res, fit, request.masked)
         make_task = partial(edit_task, request, self.family, self.config, self.defaults, self.device, self.dtype)
         how = {"fit": fit, "outpaint": outpaint and list(outpaint), "masked": mask is not None or None}
         how |= {"references": len(request.references) or None, "posterior": posterior}

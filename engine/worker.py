@@ -95,7 +95,7 @@ class Worker:
             raise
 
     def _end_streams(self) -> None:
-        """Those that other threads are in end at their next piece; none of a call of this thread that is still on."""
+        """Those that other threads are in end at their next piece; one that this thread is in cannot."""
         left = list(self._streams)
         while left := [stream for stream in left if not ended(stream)]:
             if self.lock.is_mine:

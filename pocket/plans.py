@@ -73,6 +73,7 @@ SEEING = JointPlan(  # phase 7, and but for little those that are made from it
     decay=0.8,
     shard=Sizes(scenes=256, edits=256),
 )
+ASKED = replace(SEEING, steps=2900, seed=9, answer_weight=0.6, object_weights=(3.0, 1.0), questions=24)  # phase 9
 
 # Each goes on from the weights of the one before, with other data. What each took is in docs/pocket.md.
 PHASES: tuple[VAEPlan | JointPlan | DecoderPlan, ...] = (
@@ -97,27 +98,14 @@ PHASES: tuple[VAEPlan | JointPlan | DecoderPlan, ...] = (
     ),
     SEEING,
     DecoderPlan(steps=2000, seed=8, shards=10),
-    replace(SEEING, steps=2900, seed=9, answer_weight=0.6, object_weights=(3.0, 1.0), questions=24),
+    ASKED,
     DecoderPlan(steps=2000, seed=10, shards=10),
-    replace(
-        SEEING,
-        steps=3500,
-        seed=11,
-        answer_weight=0.6,
-        object_weights=(3.0, 1.0),
-        pictures=16,
-        edits=28,
-        questions=24,
-        rate=7e-4,
-        matrix_rate=0.0035,
-        decay=0.85,
-    ),
+    replace(ASKED, steps=3500, seed=11, pictures=16, edits=28, rate=7e-4, matrix_rate=0.0035, decay=0.85),
     DecoderPlan(steps=2000, seed=12, shards=10),
     replace(
-        SEEING,
+        ASKED,
         steps=1100,
         seed=13,
-        answer_weight=0.6,
         object_weights=(2.0, 1.0),
         pictures=28,
         edits=16,

@@ -46,12 +46,19 @@ def test_later_runs_need_no_network_and_stay_until_moved(server, pin_of):
 def test_what_the_repository_does_not_hold_is_said_with_its_remedy(server, monkeypatch):
     """As of UniPic-2 MetaQuery, whose language model comes apart."""
 
+    whole, asked = hub._Job.convert, []
+
     def convert(self, src, *given):
-        raise ModelMissingError(f"{src / 'vlm'} holds no safetensors", "download its vlm into that folder")
+        asked.append(src / "vlm")
+        if not asked[-1].is_dir():
+            raise ModelMissingError(f"{asked[-1]} holds no safetensors", "download its vlm into that folder")
+        whole(self, src, *given)
 
     monkeypatch.setattr(hub._Job, "convert", convert)
     with pytest.raises(ModelMissingError, match=r"incomplete: .*vlm holds no.*download its vlm into that folder, or"):
         hub.resolve(REPO)
+    asked[-1].mkdir()
+    assert hub.resolve(REPO).is_dir(), "the next pull goes on from there"
 
 
 def test_wrong_bytes_of_the_right_size_are_refused_and_removed(server, cache):
