@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from unipic_run.engine.budget import context_on, measure_context
 from unipic_run.engine.errors import BudgetError, UsageError
+from unipic_run.engine.gpus import GIB
 
 STEP = 2**21  # bytes: how finely a card's memory is given out
-GIB = 2**30
 
 
 def ballast_bytes(free: int, vram: int, context: int) -> int:

@@ -35,7 +35,6 @@ SIZES = (1024, 512)
 TOLERANCE = 0.02  # of seconds and of bytes
 KEPT = Path("bench/results/predicted-cards.json")
 BEGIN, END = "<!-- cards:begin -->", "<!-- cards:end -->"
-GIB = 2**30
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -128,13 +127,13 @@ def cells_of(row: dict[str, Any]) -> tuple[str, str, str]:
     if row["seconds"] is None:
         return row["plan"], "", ""
     seconds = row["seconds"]
-    return row["plan"], f"{seconds:.{0 if seconds >= 10 else 1}f}", f"{row['peak_bytes'] / GIB:.1f}"
+    return row["plan"], f"{seconds:.{0 if seconds >= 10 else 1}f}", f"{row['peak_bytes'] / gpus.GIB:.1f}"
 
 
 def shown(gpu: str, gib: int) -> str:
     card = gpus.card(gpu)
     name = card.device_names[0].removeprefix("NVIDIA GeForce ")
-    return f"{gib} GB, {name}" if round(card.vram_bytes / GIB) == gib else f"{gib} GB, {name} with `--vram {gib}`"
+    return f"{gib} GB, {name}" if round(card.vram_bytes / gpus.GIB) == gib else f"{gib} GB, {name} with `--vram {gib}`"
 
 
 def block(text: str) -> str:

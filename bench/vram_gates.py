@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from unipic_run.bench.vram_scenarios import GIB, Scenario
+from unipic_run.bench.vram_scenarios import Scenario
+from unipic_run.engine.gpus import GIB, MIB
 
-MIB = 2**20
 GROWTH = {  # share and bytes by which a peak may grow, whichever is more
     "allocated_bytes": (0.01, 16 * MIB),
     "reserved_bytes": (0.03, 0),

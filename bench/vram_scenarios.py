@@ -10,8 +10,6 @@ from typing import Any
 from unipic_run.engine import gpus
 from unipic_run.engine.budget import overhead
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
 class Scenario:
@@ -33,7 +31,7 @@ class Scenario:
         """GiB of the card that it is given."""
         if self.vram or not self.published:
             return self.vram
-        return overhead(gpus.card("rtx4090")).needed(int(self.published * GIB))
+        return overhead(gpus.card("rtx4090")).needed(int(self.published * gpus.GIB))
 
 
 def _int8(name: str, task: str, published: float | None, **how: Any) -> Scenario:

@@ -8,6 +8,7 @@ import typer
 
 from . import arguments as a
 from . import options as o
+from .gpus import GIB
 from .terminal import gigabytes, terminal_of
 
 
@@ -58,14 +59,14 @@ def plan(
     terminal.line("{:<10} {:>9} {:>9} {:>8} {:>9} {:>9} {:>8}".format(*names))
     for name, stage in terminal.data["stages"].items():
         terminal.line(
-            f"{name:<10} {stage['peak_bytes'] / 2**30:>9.2f} {stage['reserved_bytes'] / 2**30:>9.2f} "
+            f"{name:<10} {stage['peak_bytes'] / GIB:>9.2f} {stage['reserved_bytes'] / GIB:>9.2f} "
             f"{stage['flop'] / 1e12:>8.1f} {stage['nbytes'] / 1e9:>9.0f} {stage['launches']:>9} "
             f"{stage['seconds']:>8.2f}"
         )
     terminal.line(terminal.data["placement"]["line"])
     if graphs := terminal.data["graphs"]["pool"] + terminal.data["graphs"]["kept"]:
         fit = "would take" if terminal.data["graphs"]["fit"] else "find no room: they want"
-        terminal.line(f"CUDA graphs {fit} {graphs / 2**30:.1f} GiB beside it")
+        terminal.line(f"CUDA graphs {fit} {graphs / GIB:.1f} GiB beside it")
     if left := terminal.data["left_to_torch"]:
         calls = sum(map(len, left.values()))
         terminal.line(f"counted as our kernels, but faster by torch on this card: {calls} kinds of {', '.join(left)}")

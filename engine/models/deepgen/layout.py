@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import ModelMissingError
+from .tokenizer import tokenizer_folder
 
 RELEASED = "deepgenteam/DeepGen-1.0-diffusers"
 NATIVE = ("model.safetensors", "model.pt")
@@ -33,8 +34,7 @@ class Layout:
     @property
     def tokenizer(self) -> Path:
         """The folder with the tokenizer's files."""
-        own = self.folder / "tokenizer"
-        return own if any((own / name).is_file() for name in ("tokenizer.json", "vocab.json")) else self.vlm
+        return tokenizer_folder(self.folder, self.vlm)
 
     def weights(self) -> dict[str, list[Path]]:
         """The safetensors of every component that is a folder. Raises ModelMissingError."""

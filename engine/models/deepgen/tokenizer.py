@@ -22,6 +22,12 @@ PIECES = (
 _AGAIN = "download the checkpoint again"
 
 
+def tokenizer_folder(model: Path, vlm: Path) -> Path:
+    """Where the tokenizer's files lie: `tokenizer` in the model's folder where that holds them, else with the LLM."""
+    own = model / "tokenizer"
+    return own if any((own / name).is_file() for name in ("tokenizer.json", "vocab.json")) else vlm
+
+
 def read_tokenizer(folder: Path) -> tuple[str, dict[str, int]]:
     """(tokenizer JSON, ids of SPECIAL). Raises ModelMissingError, CorruptWeightsError."""
     try:

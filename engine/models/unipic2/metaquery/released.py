@@ -12,7 +12,7 @@ from ...deepgen import keys
 from ...deepgen import released as deepgen
 from ...deepgen.config import DeepGenConfig
 from ...deepgen.released_config import read_config
-from ...deepgen.tokenizer import read_tokenizer
+from ...deepgen.tokenizer import read_tokenizer, tokenizer_folder
 from ..layout import PAINTER, Layout, no_release, place_of
 from .config import GUIDANCE
 
@@ -56,8 +56,6 @@ def locate(folder: Path) -> Layout:
     if place is None:
         raise no_release(folder, MARK, HUB)
     vlm = next((path for path in (place / "vlm", *sorted(place.glob("Qwen2.5-VL*"))) if path.is_dir()), place / "vlm")
-    own = place / "tokenizer"
-    own = own if any((own / name).is_file() for name in ("tokenizer.json", "vocab.json")) else vlm
     components = {name: place / path for name, path in PAINTER.items()} | {"connector": place / MARK, "vlm": vlm}
     remedies = {"": f"download {HUB} again", "vlm": f"download {VLM} into that folder: it comes apart from {HUB}"}
-    return Layout(place, components, {"tokenizer": own}, remedies)
+    return Layout(place, components, {"tokenizer": tokenizer_folder(place, vlm)}, remedies)
