@@ -33,7 +33,9 @@ def bnb8(in_features: int, out_features: int, bias: bool) -> nn.Module:
 
 
 def nf4(in_features: int, out_features: int, bias: bool) -> nn.Module:
-    return package().nn.Linear4bit(in_features, out_features, bias=bias, quant_type="nf4")
+    layer = package().nn.Linear4bit(in_features, out_features, bias=bias, quant_type="nf4")
+    layer.support_avx512bf16_for_cpu = False  # where it repacks weights, first and later results differ, odd sizes fail
+    return layer
 
 
 def is_packed(layer: nn.Module) -> bool:
