@@ -3,7 +3,7 @@
     python bench/aot.py [--only NAME ...] [--jobs 4] [--json FILE]
     python bench/aot.py --file my_kernel.py
 
-Needs no GPU: operators, and pictures of UniPic 1.0 at 1024x1024 in bf16 and in int8, run on the meta device, which
+Needs no GPU: operators, and what every family does at 1024x1024 in bf16 and in int8, run on the meta device, which
 notes what would be launched. Each distinct launch is compiled with the attributes that a user's launch would give it;
 where another card has a tuned table, all of them for that card too, as the table has them. Fails on spilled registers,
 on more shared memory than a block may have on the card, on int8 operands that no int8 tensor-core instruction
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,21 +31,14 @@ from unipic_run.bench.aot_coverage import elsewhere, left_out, table_problems
 from unipic_run.bench.checkout import require_this_checkout
 from unipic_run.bench.drawn import drawn
 from unipic_run.engine import families
-from unipic_run.engine.estimate import RoughTokens
+from unipic_run.engine.estimate import ask_for, tasks_of
 from unipic_run.engine.gpus import SHARED_PER_BLOCK
-from unipic_run.engine.layers.attention import Attention
-from unipic_run.engine.loaded import Loaded
-from unipic_run.engine.models.unipic.config import RELEASED
-from unipic_run.engine.noise import PhiloxNoise
-from unipic_run.engine.outcome import CancelToken
-from unipic_run.engine.plan import META, shapes
-from unipic_run.engine.run import Clock, Watch, run_batch
-from unipic_run.engine.task import Batch, Task
 from unipic_run.kernels import _tuned
-from unipic_run.kernels._op import HAS_TRITON, recording
+from unipic_run.kernels._op import HAS_TRITON, recording, recording_all
 from unipic_run.kernels._registry import Check, checks, kernel_modules
 
-PICTURES = (("none", "sdpa"), ("int8", "int8-qk"))  # quant, attention
+PRECISIONS = (("none", "sdpa"), ("int8", "int8-qk"))  # quant, attention
+REQUEST = "unipic-run"  # how a case begins that is none of a kernel's own
 
 
 @dataclass
@@ -121,35 +115,18 @@ def collect(only: Sequence[str] | None, file: Path | None) -> list[Job]:
                 configuration = specialised(launch, home)
                 jobs.setdefault(configuration.key, Job(configuration, [])).cases.append(str(check))
     if not (only or file):
-        for scheme, backend in PICTURES:
-            for configuration in of_a_picture(scheme, backend):
-                jobs.setdefault(configuration.key, Job(configuration, [])).cases.append(f"a picture, {scheme}")
+        for model, (quant, attention) in product(families.FAMILIES, PRECISIONS):
+            for task in tasks_of(families.model(model)):
+                for configuration in of_a_request(model, task, quant, attention):
+                    asks = f"{REQUEST} {task} {model}, quant {quant}"
+                    jobs.setdefault(configuration.key, Job(configuration, [])).cases.append(asks)
     return list(jobs.values())
 
 
-def of_a_picture(scheme: str, backend: str) -> Iterator[Configuration]:
-    """What a picture at 1024x1024 launches; of the head's steps one chunk for each number of rows."""
-    family, recipe = families.model("unipic"), families.recipe("unipic", scheme)
-    model = shapes(family, RELEASED, recipe, torch.bfloat16, Attention(backend))
-    advance, known = model.head.advance, set()
-
-    def once(run: Any, steps: int) -> None:
-        if (key := (len(run.c), steps)) not in known:
-            known.add(key)
-            advance(run, steps)
-
-    model.head.advance = once
-    task = Task("generate", 64, 64, steps=32, guidance=3.0, cfg_schedule="constant", temperature=1.0)
-    loaded = Loaded(family, model, RoughTokens(), META)
-    with recording() as launches:
-        run_batch(
-            loaded,
-            task,
-            Batch(["a red fox"], [PhiloxNoise(1)]),
-            None,
-            Clock(META),
-            Watch(lambda event: None, CancelToken(), 0),
-        )
+def of_a_request(model: str, task: str, quant: str, attention: str) -> Iterator[Configuration]:
+    """What it launches at 1024x1024; of what repeats in a dry run, each kind of call once."""
+    with recording_all() as launches:
+        ask_for(model, task, res=1024, quant=quant, attention=attention).plan(at_once=1)
     distinct = {}
     for launch in launches:
         given = tuple((x.dtype, x.shape, x.stride()) if isinstance(x, torch.Tensor) else x for x in launch.arguments)

@@ -3,8 +3,8 @@
     python bench/compile_ahead.py [--jobs N]
 
 What a launch compiles lies in Triton's cache folder, named by what it is made of: what bench/aot.py compiles without
-a card is what a launch finds there. Pictures' kernels come first. One JSON line last, also when SIGTERM ends it early;
-exit status 1 when a kernel does not compile. Without a CUDA device it says so and succeeds.
+a card is what a launch finds there. Kernels of requests come first. One JSON line last, also when SIGTERM ends it
+early; exit status 1 when a kernel does not compile. Without a CUDA device it says so and succeeds.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import time
 from contextlib import suppress
 
 import torch
-from unipic_run.bench.aot import Job, build_each, collect, unusable, workers
+from unipic_run.bench.aot import REQUEST, Job, build_each, collect, unusable, workers
 from unipic_run.bench.checkout import require_this_checkout
 from unipic_run.bench.ops import Stopped, stop
 
@@ -49,8 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def late(job: Job) -> bool:
-    """Whether no picture asks for it."""
-    return not any(case.startswith("a picture") for case in job.cases)
+    """Whether no request asks for it."""
+    return not any(case.startswith(REQUEST) for case in job.cases)
 
 
 if __name__ == "__main__":

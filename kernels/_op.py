@@ -31,18 +31,7 @@ except ImportError:  # Windows and macOS, or UNIPIC_RUN_TRITON=0 for a compariso
     HAS_TRITON = False
 
     class _Absent:
-        """Lets kernel files be imported where there is no Triton: an attribute is itself, a decorator nothing.
-
-        What launchers compute on the host, dry runs compute here as well.
-        """
-
-        @staticmethod
-        def cdiv(a: int, b: int) -> int:
-            return -(-a // b)
-
-        @staticmethod
-        def next_power_of_2(n: int) -> int:
-            return 1 << (n - 1).bit_length()
+        """Lets kernel files be imported where there is no Triton: an attribute is itself, a decorator nothing."""
 
         def __getattr__(self, name: str) -> Any:
             return self
@@ -52,9 +41,21 @@ except ImportError:  # Windows and macOS, or UNIPIC_RUN_TRITON=0 for a compariso
 
     triton = tl = _Absent()
 
+# Triton's own of these take several microseconds a call, and a launch needs a few.
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 LIBRARY = torch.library.Library("unipic", "DEF")
 _interpreted: ContextVar[bool] = ContextVar("interpreted", default=False)
 _recorded: ContextVar["list[Launch] | None"] = ContextVar("recorded", default=None)
+_all_recorded: ContextVar["list[Launch] | None"] = ContextVar("all_recorded", default=None)
 _told: set[str] = set()  # the kinds of failure that users have heard of
 
 
@@ -104,9 +105,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     """
     if not all(grid):
         return
-    recorded = _recorded.get()
-    if recorded is not None:
-        recorded.append(Launch(kernel, grid, arguments, options))
+    for recorded in (_recorded.get(), _all_recorded.get()):
+        if recorded is not None:
+            recorded.append(Launch(kernel, grid, arguments, options))
     if any(isinstance(x, Tensor) and x.is_meta for x in arguments):
         return
     with launching():
@@ -120,13 +121,23 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Collects the launches made inside."""
+    """Collects the launches made inside, but not those of a recording within."""
+    yield from _collected(_recorded)
+
+
+@contextmanager
+def recording_all() -> Iterator[list[Launch]]:
+    """Collects the launches made inside, whoever else records them, as dry runs do."""
+    yield from _collected(_all_recorded)
+
+
+def _collected(where: ContextVar[list[Launch] | None]) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
-    token = _recorded.set(launches)
+    token = where.set(launches)
     try:
         yield launches
     finally:
-        _recorded.reset(token)
+        where.reset(token)
 
 
 @contextmanager
@@ -146,7 +157,7 @@ def launches(x: Tensor) -> bool:
 
 def row_share(width: int) -> dict[str, int]:
     """A program's share of a row; heuristic: eight bfloat16 values a thread."""
-    block = min(1024, triton.next_power_of_2(width))
+    block = min(1024, next_power_of_2(width))
     return {"D": width, "BLOCK": block, "num_warps": 4 if block >= 512 else 1}
 
 

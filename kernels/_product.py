@@ -5,13 +5,14 @@ same in torch, what is checked, what it costs, and the operands of their cases.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._device import activate, rounded_to_int8, row_scale
-from ._op import Cost, tl, triton
+from ._op import Cost, cdiv, tl, triton
 from ._tuned import Options, row_class, tuned
 from .quantise import activated, activation_flags
 
@@ -24,7 +25,8 @@ GROUP_M = 8  # row tiles that walk along the columns together
 Tile = tuple[int, int, int, int, int]  # rows, columns, K of one of a step's products; warps, stages
 
 
-def fewest_clocks(tiles: Sequence[Tile], m: int, n: int) -> Tile:
+@lru_cache(4096)
+def fewest_clocks(tiles: tuple[Tile, ...], m: int, n: int) -> Tile:
     """The tile for m rows and n columns; a heuristic, never measured.
 
     Takes the least of what an RTX 4090 should need: 750 products a clock on each of 128 multiprocessors (480 TOPS),
@@ -33,8 +35,8 @@ def fewest_clocks(tiles: Sequence[Tile], m: int, n: int) -> Tile:
 
     def clocks(candidate: Tile) -> float:
         rows, columns = candidate[:2]
-        programs = triton.cdiv(m, rows) * triton.cdiv(n, columns)
-        return max(triton.cdiv(programs, 128) * rows * columns / 750, programs * (rows + columns) / 2000)
+        programs = cdiv(m, rows) * cdiv(n, columns)
+        return max(cdiv(programs, 128) * rows * columns / 750, programs * (rows + columns) / 2000)
 
     return min(tiles, key=clocks)
 
@@ -46,7 +48,7 @@ def tile_options(tile: Tile) -> Options:
 def product_options(
     kernel: str,
     how: str,
-    tiles: Sequence[Tile],
+    tiles: tuple[Tile, ...],
     shape: tuple[int, int, int],
     device: torch.device,
     fixed: Sequence[str] = (),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._attend import LOG2_E, attend, empty_state, head_blocks, load_rows, store_rows
-from ._op import Case, Cost, Operator, launch, tl, triton, unit_rows
+from ._op import Case, Cost, Operator, launch, next_power_of_2, tl, triton, unit_rows
 from ._tuned import dtype_class, tuned
 from .attention import attention_ref, attention_torch, random_qkv
 
@@ -167,7 +167,7 @@ def _decode_attention_triton(q, k, v, lengths, base_k, base_v, base_length):
         D=width,
         D0=d0,
         D1=d1,
-        BLOCK_M=max(16, triton.next_power_of_2(heads // kv_heads)),
+        BLOCK_M=max(16, next_power_of_2(heads // kv_heads)),
         BASE=based,
         **tile,
     )
@@ -176,8 +176,8 @@ def _decode_attention_triton(q, k, v, lengths, base_k, base_v, base_length):
         (rows * heads,),
         *(sums, largest, total, out, splits),
         D=width,
-        BLOCK_D=triton.next_power_of_2(width),
-        SPLITS=triton.next_power_of_2(splits),
+        BLOCK_D=next_power_of_2(width),
+        SPLITS=next_power_of_2(splits),
         ROWS=16,
         num_warps=4,
     )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._op import Case, Cost, Operator, cdiv, launch, next_power_of_2, tl, triton
 from .linear import linear
 
 
@@ -93,7 +93,7 @@ def _embed_visible_triton(tokens, visible, weight, bias, norm_weight, norm_bias,
     y = tokens.new_empty(batch, buffer + seen, width)
     launch(
         _embed_visible_kernel,
-        (triton.cdiv(buffer + seen, rows), batch),
+        (cdiv(buffer + seen, rows), batch),
         tokens.contiguous(),
         visible.contiguous(),
         weight,
@@ -110,8 +110,8 @@ def _embed_visible_triton(tokens, visible, weight, bias, norm_weight, norm_bias,
         C=channels,
         D=width,
         ROWS=rows,
-        BLOCK=min(128, max(16, triton.next_power_of_2(width))),  # heuristic
-        BLOCK_C=max(16, triton.next_power_of_2(channels)),
+        BLOCK=min(128, max(16, next_power_of_2(width))),  # heuristic
+        BLOCK_C=max(16, next_power_of_2(channels)),
         num_warps=4,
     )
     return y

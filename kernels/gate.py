@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._device import activate
-from ._op import Case, Cost, Operator, launch, random_tensor, row_share, tl, triton, unit_rows
+from ._op import Case, Cost, Operator, cdiv, launch, random_tensor, row_share, tl, triton, unit_rows
 
 
 def swiglu_ref(x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def _swiglu_triton(x: Tensor) -> Tensor:
     rows = unit_rows(x.reshape(-1, 2 * width))
     y = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
     share = row_share(width)
-    launch(_swiglu_kernel, (len(rows), triton.cdiv(width, share["BLOCK"])), rows, y, rows.stride(0), **share)
+    launch(_swiglu_kernel, (len(rows), cdiv(width, share["BLOCK"])), rows, y, rows.stride(0), **share)
     return y
 
 
@@ -90,7 +90,7 @@ def _gated_add_triton(h: Tensor, gate: Tensor, u: Tensor) -> Tensor:
     y, share = torch.empty(h.shape, dtype=h.dtype, device=h.device), row_share(width)
     launch(
         _gated_add_kernel,
-        (len(u_rows), triton.cdiv(width, share["BLOCK"])),
+        (len(u_rows), cdiv(width, share["BLOCK"])),
         h_rows,
         gate,
         u_rows,

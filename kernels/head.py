@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._device import activate, moments
-from ._op import Case, Cost, Operator, launch, random_tensor, tl, triton
+from ._op import Case, Cost, Operator, cdiv, launch, random_tensor, tl, triton
 from ._tuned import Options, dtype_class, row_class, tuned
 from .linear import linear
 
@@ -141,7 +141,7 @@ def _modulated_linear_triton(h, shift, scale, norm_weight, norm_bias, eps, weigh
     y, tiles = h.new_empty(rows, out), _tiles("modulated_linear", rows, weight, 3, num_warps=8, num_stages=2)
     launch(
         _modulated_linear_kernel,
-        (triton.cdiv(out, tiles["BLOCK_N"]), triton.cdiv(rows, tiles["BLOCK_M"])),
+        (cdiv(out, tiles["BLOCK_N"]), cdiv(rows, tiles["BLOCK_M"])),
         h,
         shift,
         scale,
@@ -168,7 +168,7 @@ def _gated_linear_triton(u, weight, bias, gate, h):
     y, tiles = h.new_empty(rows, out), _tiles("gated_linear", rows, weight, 1, num_warps=4, num_stages=3)
     launch(
         _gated_linear_kernel,
-        (triton.cdiv(out, tiles["BLOCK_N"]), triton.cdiv(rows, tiles["BLOCK_M"])),
+        (cdiv(out, tiles["BLOCK_N"]), cdiv(rows, tiles["BLOCK_M"])),
         u,
         weight.contiguous(),
         bias,

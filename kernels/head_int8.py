@@ -9,12 +9,14 @@ tile, the fewer repeat it. kernels/int8_of_groups.py is the other launch of a bl
 Called by `norm_mlp` of engine/layers/linear.py. Letters: M rows, K width in, N width out.
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._device import moments, rounded_to_int8, row_scale
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._op import Case, Cost, Operator, cdiv, launch, tl, triton
 from ._product import GROUP, INSTRUCTION, Tile, check_product, halves, product_cost, tile_options, weight_rows
 from ._tuned import Options, dtype_class, row_class, tuned
 from .head import ROWS, modulated_linear_ref, random_block
@@ -34,6 +36,7 @@ TILES = (
 READ, MADE = 8, 34
 
 
+@lru_cache(4096)
 def tile(m: int, n: int, dtype: torch.dtype) -> Tile:
     """The tile for m rows and n columns; a heuristic, never measured.
 
@@ -43,8 +46,8 @@ def tile(m: int, n: int, dtype: torch.dtype) -> Tile:
 
     def clocks(candidate: Tile) -> float:
         rows, columns = candidate[:2]
-        programs, taken = triton.cdiv(m, rows) * triton.cdiv(n, columns), READ * rows + columns
-        turns = triton.cdiv(programs, 128)
+        programs, taken = cdiv(m, rows) * cdiv(n, columns), READ * rows + columns
+        turns = cdiv(programs, 128)
         computing = turns * rows * (columns / 750 + MADE / 128)
         return max(computing, programs * taken / 2000, turns * taken / 64)
 
@@ -155,7 +158,7 @@ def _modulated_linear_int8_triton(weight, weight_scale, bias, h, shift, scale, n
     tiles = options(h, n)
     launch(
         _head_int8_kernel,
-        (triton.cdiv(n, tiles["BLOCK_N"]), triton.cdiv(m, tiles["BLOCK_M"])),
+        (cdiv(n, tiles["BLOCK_N"]), cdiv(m, tiles["BLOCK_M"])),
         *(h, shift, scale, norm_weight, norm_bias, weight, weight_scale),
         *(weight_scale if bias is None else bias, y, y_scale, h.stride(0), shift.stride(0), eps, m),
         N=n,
@@ -174,7 +177,7 @@ def modulated_linear_int8_cost(weight, weight_scale, bias, h, *rest) -> Cost:
     """With what programs repeat, the sums of groups, and what makes results whole."""
     operands = (h, weight, weight_scale, bias, *(t for t in rest if isinstance(t, Tensor)))
     base, (m, k), n = product_cost(operands, weight, "none", torch.int8), h.shape, len(weight)
-    repeated = triton.cdiv(n, tile(m, n, h.dtype)[1]) * MADE * m * k
+    repeated = cdiv(n, tile(m, n, h.dtype)[1]) * MADE * m * k
     beside = INSTRUCTION * (repeated + (ADDED * k // GROUP + WRITTEN) * m * n)
     return Cost(base.flop, base.nbytes + 4 * m * n // GROUP, beside=beside)
 

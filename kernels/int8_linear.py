@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._op import Case, Cost, Operator, cdiv, launch, tl, triton
 from ._product import (
     GROUP_M,
     check_product,
@@ -137,7 +137,7 @@ def _int8_linear_triton(x, x_scale, weight, weight_scale, bias, activation, resi
     tiles = product_options("int8_linear", "", TILES, (m, len(weight), k), x.device)
     launch(
         _int8_linear_kernel,
-        (triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"] * n // len(weight)),),
+        (cdiv(m, tiles["BLOCK_M"]) * cdiv(n, tiles["BLOCK_N"] * n // len(weight)),),
         rows,
         x_scale.contiguous(),
         weight,

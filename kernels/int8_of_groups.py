@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._op import Case, Cost, Operator, cdiv, launch, tl, triton
 from ._product import (
     GROUP,
     GROUP_M,
@@ -130,7 +130,7 @@ def _int8_linear_of_groups_triton(x, x_scale, weight, weight_scale, bias, residu
     tiles = product_options("int8_of_groups", how, TILES, (m, n, k), x.device, fixed=("BLOCK_K",))
     launch(
         _of_groups_kernel,
-        (triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]),),
+        (cdiv(m, tiles["BLOCK_M"]) * cdiv(n, tiles["BLOCK_N"]),),
         *(x.contiguous(), x_scale.contiguous(), weight, weight_scale, weight_scale if bias is None else bias),
         y if residual is None else residual.contiguous(),
         *(y if gate is None else gate, y, m),

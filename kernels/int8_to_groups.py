@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._device import activate, walsh_hadamard_rows
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._op import Case, Cost, Operator, cdiv, launch, tl, triton
 from ._product import (
     GROUP,
     GROUP_M,
@@ -160,7 +160,7 @@ def _int8_linear_to_groups_triton(x, x_scale, weight, weight_scale, bias, activa
     tiles = product_options("int8_to_groups", how, TILES, shape, x.device, fixed=("BLOCK_N",))
     launch(
         _to_groups_kernel,
-        (triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(len(weight), tiles["BLOCK_N"]),),
+        (cdiv(m, tiles["BLOCK_M"]) * cdiv(len(weight), tiles["BLOCK_N"]),),
         *(rows, x_scale.contiguous(), weight, weight_scale, weight_scale if bias is None else bias, y, y_scale),
         *(m, rows.stride(0)),
         N=n,

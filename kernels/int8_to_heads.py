@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._device import rounded_to_int8, row_scale
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._op import Case, Cost, Operator, cdiv, launch, tl, triton
 from ._product import (
     GROUP_M,
     INSTRUCTION,
@@ -192,7 +192,7 @@ def _int8_linear_to_heads_triton(x, x_scale, weight, weight_scale, bias, heads, 
     tiles = product_options("int8_to_heads", f"d{width} ", TILES, shape, x.device, fixed=("BLOCK_N",))
     launch(
         _to_heads_kernel,
-        (triton.cdiv(length, tiles["BLOCK_M"]) * _columns(n, width) // tiles["BLOCK_N"], images),
+        (cdiv(length, tiles["BLOCK_M"]) * _columns(n, width) // tiles["BLOCK_N"], images),
         *(x, x_scale, weight, weight_scale, weight_scale if bias is None else bias, y, y_scale, other),
         *(length, images, n if bias is not None and bias.dim() == 2 else 0),
         N=n,
@@ -210,7 +210,7 @@ def _int8_linear_to_heads_triton(x, x_scale, weight, weight_scale, bias, heads, 
 
 def _columns(n: int, width: int) -> int:
     """Of all tiles, with those in vain."""
-    return triton.cdiv(n // width, 256 // width) * 256
+    return cdiv(n // width, 256 // width) * 256
 
 
 def int8_linear_to_heads_cost(x, x_scale, weight, weight_scale, bias, heads, width, whole) -> Cost:

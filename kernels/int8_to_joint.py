@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._device import rounded_to_int8, row_scale
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._op import Case, Cost, Operator, cdiv, launch, tl, triton
 from ._product import (
     GROUP_M,
     INSTRUCTION,
@@ -191,10 +191,10 @@ def _int8_linear_to_joint_triton(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     values = torch.empty(numbers.shape[1:], dtype=torch.float16, device=x.device)
     shape = pictures * (n + m), len(weight), k
     options = product_options("int8_to_joint", "", TILES, shape, x.device, fixed=("BLOCK_N",))
-    image_tiles, text_tiles = (triton.cdiv(length, options["BLOCK_M"]) for length in (n, m))
+    image_tiles, text_tiles = (cdiv(length, options["BLOCK_M"]) for length in (n, m))
     launch(
         _to_joint_kernel,
-        ((image_tiles + text_tiles) * triton.cdiv(len(weight), options["BLOCK_N"]), pictures),
+        ((image_tiles + text_tiles) * cdiv(len(weight), options["BLOCK_N"]), pictures),
         *(*image, *(image if text[0] is None else _dense(text)), off.contiguous(), numbers, scale, values),
         *(n, m, image_tiles, image_tiles + text_tiles, eps),
         N=len(weight),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ._device import walsh_hadamard_rows
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._op import Case, Cost, Operator, cdiv, launch, tl, triton
 from ._product import (
     GROUP_M,
     INSTRUCTION,
@@ -163,7 +163,7 @@ def _int8_linear_to_rotary_triton(x, x_scale, weight, weight_scale, bias, cos, s
     tiles = product_options("int8_to_rotary", "", TILES, (rows * length, n, k), x.device, fixed=("BLOCK_N",))
     launch(
         _to_rotary_kernel,
-        (triton.cdiv(length, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]), rows),
+        (cdiv(length, tiles["BLOCK_M"]) * cdiv(n, tiles["BLOCK_N"]), rows),
         *(x.contiguous(), x_scale.contiguous(), weight, weight_scale, weight_scale if bias is None else bias),
         *(cos.contiguous(), sin.contiguous(), off.contiguous(), numbers, scale, values, length),
         N=n,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._op import Case, Cost, Operator, cdiv, launch, tl, triton
 from ._product import (
     check_product,
     epilogue,
@@ -37,8 +37,8 @@ def tile(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """(columns of a program, K of a step, programs that share K); a heuristic, never measured."""
     if m == 1:
         return 4, 1024, 1
-    programs = triton.cdiv(n, 16)
-    split = 1 if programs >= 128 or k < 4096 else min(triton.cdiv(192, programs), 8)
+    programs = cdiv(n, 16)
+    split = 1 if programs >= 128 or k < 4096 else min(cdiv(192, programs), 8)
     return 16, 32 if dtype == torch.float32 else 256, split  # no tensor cores for float32: more would spill
 
 
@@ -196,7 +196,7 @@ def _int8_weight_triton(x, weight, weight_scale, bias, activation, residual, gat
     halved = 2 if flags["SWIGLU"] else 1
     launch(
         _int8_weight_kernel,
-        (triton.cdiv(n * halved, tiles["BLOCK_N"]) if m else 0, split),
+        (cdiv(n * halved, tiles["BLOCK_N"]) if m else 0, split),
         rows,
         weight,
         sums,
@@ -209,7 +209,7 @@ def _int8_weight_triton(x, weight, weight_scale, bias, activation, residual, gat
         **tiles,
     )
     if split > 1:
-        grid = (triton.cdiv(n * halved, JOINED), m)
+        grid = (cdiv(n * halved, JOINED), m)
         launch(_join_kernel, grid, sums, *after, gate_stride, BLOCK_N=JOINED, SPLIT=split, **flags, num_warps=4)
     return y
 

@@ -13,7 +13,7 @@ four norms and three concatenations. Statistics are float32. One program a token
 import torch
 from torch import Tensor
 
-from ._op import Case, Cost, Operator, launch, tl, triton, unit_rows
+from ._op import Case, Cost, Operator, launch, next_power_of_2, tl, triton, unit_rows
 from .norms import norm_ref, norm_torch
 
 
@@ -93,8 +93,8 @@ def _joint_qkv_triton(image, text, q_weight, k_weight, text_q_weight, text_k_wei
         *(*image.stride()[:2], *text.stride()[:2], n, eps),
         H=heads,
         D=width,
-        BLOCK_H=triton.next_power_of_2(3 * heads),
-        BLOCK_D=triton.next_power_of_2(width),
+        BLOCK_H=next_power_of_2(3 * heads),
+        BLOCK_D=next_power_of_2(width),
         num_warps=8 if heads * width > 512 else 4,  # heuristic
     )
     return out

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._op import Case, Cost, Operator, cdiv, launch, tl, triton
 from ._product import check_product, product_operands, whole_sums
 from .int8_linear import int8_linear_torch
 from .quantise_qkv import SAMPLE
@@ -83,7 +83,7 @@ def _keys_off_triton(x, x_scale, weight, weight_scale, bias, begin, end) -> Tens
     y = torch.empty((images, n), dtype=torch.float32, device=x.device)
     launch(
         _keys_off_kernel,
-        (triton.cdiv(n, COLUMNS), images),
+        (cdiv(n, COLUMNS), images),
         *(x, x_scale.contiguous(), weight, weight_scale, weight_scale if bias is None else bias, y, length),
         N=n,
         K=k,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._op import Case, Cost, Operator, launch, random_tensor, row_share, tl, triton
+from ._op import Case, Cost, Operator, cdiv, launch, random_tensor, row_share, tl, triton
 from .embed_visible import embed_visible
 
 __all__ = ["add_positions", "embed_visible", "grid_positions", "inverse_index", "place_tokens", "select_tokens"]
@@ -111,7 +111,7 @@ def _place_triton(x, visible, source, base, position):
     base = (base if base.stride(-1) == 1 else base.contiguous()).expand(rows, total, width)
     launch(
         _place_kernel,
-        (rows * total, triton.cdiv(width, share["BLOCK"])),
+        (rows * total, cdiv(width, share["BLOCK"])),
         x.contiguous(),
         source,
         base,
@@ -134,7 +134,7 @@ def _rows(x: Tensor, index: Tensor, position: Tensor | None) -> Tensor:
     y, share = x.new_empty(rows, count, width), row_share(width)
     launch(
         _rows_kernel,
-        (rows * count, triton.cdiv(width, share["BLOCK"])),
+        (rows * count, cdiv(width, share["BLOCK"])),
         x,
         index.contiguous(),
         x if position is None else position.contiguous(),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._device import quantise_row
-from ._op import Case, Cost, Operator, launch, tl, triton, unit_rows
+from ._op import Case, Cost, Operator, launch, next_power_of_2, tl, triton, unit_rows
 from ._tuned import tuned
 from .quantise import quantise_rows
 
@@ -136,7 +136,7 @@ def _launch(
         n // len(shift) if modulated else 1,
         eps,
         D=width,
-        BLOCK=triton.next_power_of_2(width),
+        BLOCK=next_power_of_2(width),
         RMS=rms,
         WEIGHT=weight is not None,
         BIAS=bias is not None,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._device import normal
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._op import Case, Cost, Operator, cdiv, launch, tl, triton
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -108,7 +108,7 @@ def _token_noise_triton(key: Tensor, position: Tensor, stream: int, steps: int, 
     block = 256
     launch(
         _token_noise_kernel,
-        (steps, triton.cdiv(tokens * channels, block)),
+        (steps, cdiv(tokens * channels, block)),
         key.contiguous(),
         position.contiguous(),
         y,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._attend import LOG2_E, add_halves, attend_int8, empty_state, load_rows
 from ._device import walsh_hadamard_rows
-from ._op import Case, Cost, Operator, launch, tl, triton, unit_rows
+from ._op import Case, Cost, Operator, cdiv, launch, tl, triton, unit_rows
 from ._product import store_whole
 from ._tuned import tuned
 from .int8_to_rotary import WIDTH
@@ -168,7 +168,7 @@ def _prefix_attention_int8_triton(numbers, scale, v, off, prefix_k, prefix_v, pr
     tile = tuned("prefix_attention_int8", f"d{width}", heuristic, v.device, lambda tile: tile["BLOCK_N"] * step)
     launch(
         _prefix_attention_int8_kernel,
-        (triton.cdiv(length, tile["BLOCK_M"]), rows * heads),
+        (cdiv(length, tile["BLOCK_M"]), rows * heads),
         *(numbers.contiguous(), scale.contiguous(), v.contiguous(), off.contiguous()),
         *(prefix_k, prefix_v, prefix_of, lengths, y, y_scale),
         *(stride for x in (prefix_k, prefix_v) for stride in x.stride()[:3]),

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._device import activate, row_scale, to_int8, walsh_hadamard_rows
-from ._op import Case, Cost, Operator, launch, tl, triton, unit_rows
+from ._op import Case, Cost, Operator, launch, next_power_of_2, tl, triton, unit_rows
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "swiglu")
 LARGEST_GROUP = 128  # columns that R mixes
@@ -174,7 +174,7 @@ def _launch(x: Tensor, activation: str, group: int, y: Tensor, scale: Tensor | N
         rows.shape[1],
         *rows.stride()[:2],
         D=width,
-        BLOCK=triton.next_power_of_2(width) if whole else WHOLE_ROW // 4,
+        BLOCK=next_power_of_2(width) if whole else WHOLE_ROW // 4,
         INT8=scale is not None,
         GROUP=group,
         **activation_flags(activation),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._attend import load_rows, store_rows
 from ._device import row_scale, to_int8
-from ._op import Case, Cost, Operator, launch, tl, triton, unit_rows
+from ._op import Case, Cost, Operator, launch, next_power_of_2, tl, triton, unit_rows
 from .attention import random_qkv
 from .quantise import quantise_rows
 
@@ -123,7 +123,7 @@ def _quantise_qkv_triton(q, k, v):
         *(stride for x in (q, k, v) for stride in x.stride()[:3]),
         *(lq, lk, heads, kv_heads),
         D=width,
-        BLOCK_D=triton.next_power_of_2(width),
+        BLOCK_D=next_power_of_2(width),
         ROWS=rows,
         SAMPLE=SAMPLE,
         LARGEST=LARGEST,

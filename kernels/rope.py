@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._device import cos_sin
-from ._op import Case, Cost, Operator, launch, tl, triton
+from ._op import Case, Cost, Operator, launch, next_power_of_2, tl, triton
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def _rope_split_triton(qkv, positions, inv_freq, q_out, k_out, v_out) -> None:
     rows, length = positions.shape
     flat, half = qkv.reshape(rows * length, qkv.shape[-1]), len(inv_freq)
     heads, kv_heads = q_out.shape[1], k_out.shape[1]
-    values = triton.next_power_of_2(heads + 2 * kv_heads) * triton.next_power_of_2(half)
+    values = next_power_of_2(heads + 2 * kv_heads) * next_power_of_2(half)
     launch(
         _rope_split_kernel,
         (rows * length,),
@@ -122,8 +122,8 @@ def _rope_split_triton(qkv, positions, inv_freq, q_out, k_out, v_out) -> None:
         H=heads,
         K=kv_heads,
         HALF=half,
-        HEADS=triton.next_power_of_2(heads + 2 * kv_heads),
-        BLOCK=triton.next_power_of_2(half),
+        HEADS=next_power_of_2(heads + 2 * kv_heads),
+        BLOCK=next_power_of_2(half),
         num_warps=4 if values <= 2048 else 8,  # heuristic
     )
 
