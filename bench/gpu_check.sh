@@ -81,7 +81,7 @@ part bf16 75 "${latency[@]}" --tasks gen --repeat 2 --plan
 part int8 85 "${latency[@]}" --tasks gen --repeat 2 --plan --quant int8 --attn int8-qk
 part targets 15 "$PYTHON" bench/targets.py "$OUT/bf16.log" "$OUT/int8.log"
 part deepgen-int8 70 "${deepgen_latency[@]}" --tasks gen --repeat 2 --plan --quant int8 --attn int8-qk
-part ops 90 "$PYTHON" bench/ops.py
+part ops 90 "$PYTHON" bench/ops.py --strict
 part classes-int8 60 "${classes[@]}" --quant int8 --attn int8-qk
 part deepgen-bf16 80 "${deepgen_latency[@]}" --tasks gen --repeat 2 --plan
 part deepgen-classes 60 "${deepgen_classes[@]}" --quant int8 --attn int8-qk

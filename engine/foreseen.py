@@ -43,9 +43,7 @@ class ForeseenGraphs:
         self._keep(what, "held", key, fresh)
         return fresh
 
-    def run(
-        self, what: str, key: Hashable, function: Callable[..., T], given: tuple[Any, ...], at_sight: bool = False
-    ) -> T:
+    def run(self, what: str, key: Hashable, function: Callable[..., T], given: tuple[Any, ...], after: int = 2) -> T:
         self._keep(what, "given", key, given)
         with self.meter.followed_by(self._pools[ALL], self._pools.setdefault(what, Segments())):
             result = function(*given)

@@ -1,11 +1,11 @@
 """CUDA graphs: what a function launches is captured once and then replayed, hundreds of launches for one call.
 
-    graphs.run("head", (rows, 5), head.advance, (run, 5), at_sight=True)
+    graphs.run("head", (rows, 5), head.advance, (run, 5), after=1)
 
-The first call for a key runs the function as always, and with `at_sight` captures it right behind that, while the
-device is still busy; without, the second call does. Later calls replay. So nothing is computed twice, whatever has to
-be compiled or set up was so before the capture, a capture that fails costs nothing but itself, and what is called once
-is never captured. Where there is no CUDA, or a reason against it, the function just runs.
+The first calls for a key, `after` of them, run the function as always, and the last of these captures it right behind
+that, while the device is still busy. Later calls replay. So nothing is computed twice, whatever has to be compiled or
+set up was so before the capture, a capture that fails costs nothing but itself, and what is called less often is never
+captured. Where there is no CUDA, or a reason against it, the function just runs.
 
 A graph knows addresses, not names. What a function reads or writes besides a module's weights is therefore given to
 `run`: tensors, numbers and strings, in tuples and frozen dataclasses. The graph has copies of the tensors, to which
@@ -104,9 +104,9 @@ class Graphs:
         key: Hashable,
         function: Callable[..., T],
         given: tuple[Any, ...],
-        at_sight: bool = False,
+        after: int = 2,
     ) -> T:
-        """function(*given). What it returns may be overwritten by the next call of any key."""
+        """function(*given), captured behind call `after`. What it returns the next call of any key may overwrite."""
         name, device = (what, key), device_of(given)
         if self.refusal(what, device):
             self.counts.eager += 1
@@ -122,7 +122,7 @@ class Graphs:
         self.counts.eager += 1
         result = function(*given)
         self._seen[name] += 1
-        if at_sight or self._seen[name] > 1:
+        if self._seen[name] >= after:
             self._take(name, function, given, device)
         return result
 

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._device import activate
-from ._op import Case, Cost, Operator, launch, random_tensor, tl, triton, unit_rows
+from ._op import Case, Cost, Operator, cdiv, launch, next_power_of_2, random_tensor, tl, triton, unit_rows
 
 
 def condition_ref(embedded: Tensor, c: Tensor, clock: Tensor, steps: int) -> Tensor:
     """In the tensors' dtype. What the operator takes is said at `condition`."""
     index = clock[0] - torch.arange(steps, device=clock.device)
-    clock[1:] = clock[:1]
+    clock[1:2] = clock[:1]
     return F.silu(embedded[index][:, None] + c)
 
 
@@ -24,7 +24,7 @@ def condition_ref(embedded: Tensor, c: Tensor, clock: Tensor, steps: int) -> Ten
 def _condition_kernel(
     embedded_ptr,  # (T, W) contiguous
     c_ptr,  # (M, W), rows c_stride apart
-    clock_ptr,  # (2) int64
+    clock_ptr,  # (3) int64
     y_ptr,  # (steps, M, W) contiguous
     c_stride,
     rows,  # M
@@ -46,10 +46,10 @@ def _condition_kernel(
 def _condition_triton(embedded: Tensor, c: Tensor, clock: Tensor, steps: int) -> Tensor:
     c, (rows, width) = unit_rows(c), c.shape
     y = c.new_empty(steps, rows, width)
-    block = min(1024, triton.next_power_of_2(width))
+    block = min(1024, next_power_of_2(width))
     launch(
         _condition_kernel,
-        (steps * rows, triton.cdiv(width, block)),
+        (steps * rows, cdiv(width, block)),
         embedded.contiguous(),
         c,
         clock,
@@ -78,7 +78,7 @@ _condition = Operator(
 def condition(embedded: Tensor, c: Tensor, clock: Tensor, steps: int) -> Tensor:
     """silu(t + c) for the `steps` timesteps from index clock[0] downwards: (steps, M, W). Begins them in the clock.
 
-    embedded (T, W) of all timesteps, c (M, W), clock (2) int64 as `head_step` has it.
+    embedded (T, W) of all timesteps, c (M, W), clock (3) int64 as `head_step` has it.
     """
     return _condition(embedded, c, clock, steps)
 
@@ -87,7 +87,7 @@ def condition_cases() -> list[Case]:
     def make(rows: int, width: int, steps: int, dtype: torch.dtype = torch.bfloat16):
         def arguments(device):
             how = {"dtype": dtype, "device": device}
-            clock = torch.tensor([steps, 0]).to(device)
+            clock = torch.tensor([steps, 0, steps]).to(device)
             return random_tensor(steps + 2, width, **how), random_tensor(rows, width, **how), clock, steps
 
         return arguments

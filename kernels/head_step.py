@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._device import moments, normal
-from ._op import Case, Cost, Operator, launch, tl, triton, unit_rows
+from ._op import Case, Cost, Operator, cdiv, launch, next_power_of_2, tl, triton, unit_rows
 from ._product import halves
 from .ddpm_step import COLUMNS, DDPMStep, Drawn, ddpm_step
 from .linear import linear
@@ -29,23 +29,23 @@ def head_step_ref(
 ) -> None:
     """In the tensors' dtypes, without a host synchronisation. What the operator takes is said at `head_step`."""
     out = linear(F.layer_norm(h, h.shape[-1:], eps=eps) * (1 + scale), weight) + offset
-    index, channels = clock[1:] - ahead, x.shape[1]
+    index, channels = clock[1:2] - ahead, x.shape[1]
     *coefficients, guidance, temperature, c3 = table.index_select(0, index)[0].unbind()
     step = DDPMStep(*coefficients, timestep=0, c3=c3)
     cond, uncond = (out, None) if len(out) == len(x) else out.chunk(2)
     last = ddpm_step(x, cond, uncond, None, step, guidance, temperature, before)
     if before is None:
-        taken = len(table) - 1 - index  # noise is numbered in the order of the steps, coefficients from the end
+        taken = clock[2:] - index  # noise is numbered in the order of the steps, coefficients from the end
         noise = normals(token_words(key, position, taken, stream, channels), x.dtype).flatten(2)[0, :, :channels]
         last = torch.where(index > 0, ddpm_step(x, cond, uncond, noise, step, guidance, temperature), last)
     x.copy_(last)
     seen = x.to(h.dtype)
     h0.copy_(linear(seen if uncond is None else seen.repeat(2, 1), in_weight, in_bias))
     if close:
-        clock[:1] = clock[1:] - close
+        clock[:1] = clock[1:2] - close
 
 
-@triton.jit(do_not_specialize=["last", "stream", "ahead", "close", "tokens"])
+@triton.jit(do_not_specialize=["stream", "ahead", "close", "tokens"])
 def _head_step_kernel(
     h_ptr,  # (M, W), rows h_stride apart
     scale_ptr,  # (M, W), rows scale_stride apart
@@ -56,7 +56,7 @@ def _head_step_kernel(
     x_ptr,  # (N, C) float32 contiguous
     before_ptr,  # the same, None where noise is drawn
     h0_ptr,  # (M, W) contiguous
-    clock_ptr,  # (2) int64
+    clock_ptr,  # (3) int64
     table_ptr,  # (T, COLUMNS) float32
     key_ptr,  # (N, 2) int64, with position_ptr None where none is drawn
     position_ptr,  # (N) int64
@@ -64,7 +64,6 @@ def _head_step_kernel(
     scale_stride,
     offset_stride,
     eps,
-    last,  # T - 1
     stream,
     ahead,
     close,
@@ -115,7 +114,8 @@ def _head_step_kernel(
             f = (v + 1) / 2
             log_variance = f * tl.load(coefficients + 4) + (1 - f) * tl.load(coefficients + 5)
             # Numbered in the order of the steps.
-            noise = normal(k0, k1, position, channel[None, :].to(tl.int64), last - index, stream, C)
+            taken = tl.load(clock_ptr + 2) - index
+            noise = normal(k0, k1, position, channel[None, :].to(tl.int64), taken, stream, C)
             y += tl.exp(0.5 * log_variance) * noise * tl.load(coefficients + 7)
     else:
         before_at = before_ptr + token[:, None] * C + channel[None, :]
@@ -201,14 +201,14 @@ def _head_step_triton(
     block = 32 if h.dtype == torch.float32 else 128  # no tensor cores for float32: more would spill
     launch(
         _head_step_kernel,
-        (triton.cdiv(tokens, ROWS // 2 if guided else ROWS),),
+        (cdiv(tokens, ROWS // 2 if guided else ROWS),),
         *(h, scale, offset, weight.contiguous(), in_weight.contiguous(), in_bias, x, before, h0, clock, table),
         *(key if key is None else key.contiguous(), position if position is None else position.contiguous()),
         *(h.stride(0), scale.stride(0), offset.stride(0), eps),
-        *(len(table) - 1, stream, ahead, close, tokens),
+        *(stream, ahead, close, tokens),
         W=width,
         C=channels,
-        BLOCK_C=max(16, triton.next_power_of_2(channels)),
+        BLOCK_C=max(16, next_power_of_2(channels)),
         ROWS=ROWS,
         GUIDED=guided,
         DRAWS=before is None,
@@ -229,7 +229,7 @@ def head_step_cost(
     )
     mine = (key, position) if before is None else (before, before)
     read = (h, scale, offset, weight, in_weight, in_bias, x, x, h0, *mine)
-    return Cost(flop, sum(t.numel() * t.element_size() for t in read) + 4 * COLUMNS + 24)
+    return Cost(flop, sum(t.numel() * t.element_size() for t in read) + 4 * COLUMNS + 32)
 
 
 _head_step = Operator(
@@ -263,9 +263,9 @@ def head_step(
 
     h and scale (M, W), offset (M, 2C), conditional rows first; weight (2C, W), in_weight (W, C), in_bias (W); table
     (T, 9) as `step_table` makes it. Either noise is `drawn`, or there is `before` (N, C) float32, in place, of an ODE's
-    solver. clock (2) int64 is [index of the next step to begin with, index that was begun
-    with]; the last of several steps closes all of them at once: close is their number, else 0. The step of index i
-    draws the noise of step T - 1 - i, that of index 0 none.
+    solver. clock (3) int64 is [index of the next step to begin with, index that was begun with, index of the first
+    step]; the last of several steps closes all of them at once: close is their number, else 0. The step of index i
+    draws the noise of step clock[2] - i, that of index 0 none.
     """
     key, position, stream = drawn or (None, None, 0)
     given = h, scale, offset, eps, weight, in_weight, in_bias, x, before, h0, clock, table
@@ -295,7 +295,7 @@ def head_step_cases() -> list[Case]:
             table = torch.rand(6, COLUMNS, generator=noise) - torch.tensor([0, 0, 0, 0, 3, 4, 0, 0, 0])
             key = torch.randint(2**32, (tokens, 2), generator=noise).to(device)
             position = torch.randperm(4096, generator=noise)[:tokens].to(device)
-            clock, x = torch.tensor([7, index + ahead]).to(device), random(tokens, channels, kind=torch.float32)
+            clock, x = torch.tensor([7, index + ahead, 5]).to(device), random(tokens, channels, kind=torch.float32)
             h, in_bias, h0 = random(rows, width), random(width), torch.zeros(rows, width).to(device, dtype)
             before = None if draws else random(tokens, channels, kind=torch.float32)
             given = h, made[:, :width], made[:, width:], 1e-6, weight, in_weight, in_bias, x, before, h0

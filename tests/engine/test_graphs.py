@@ -83,7 +83,7 @@ def denoised(walk: Walk, graphs: Graphs, seed: int, rows: int = 3, watch: Record
     if watch:
         watch.watched = [state.x, state.clock]
     for _ in range(5):
-        graphs.run("head", (rows, 2), walk.advance, (state, 2), at_sight=True)
+        graphs.run("head", (rows, 2), walk.advance, (state, 2), after=1)
     return state.x.clone()
 
 
@@ -142,9 +142,9 @@ def test_the_first_picture_of_a_shape_captures_no_rounds_and_the_third_none_eith
 def test_a_graph_is_never_replayed_for_something_else(other):
     graphs, walk = Graphs(Recorder(), "cpu"), Walk()
     for _ in range(2):
-        graphs.run("round", 0, walk.whole, (torch.zeros(3), torch.ones(2)), at_sight=True)
+        graphs.run("round", 0, walk.whole, (torch.zeros(3), torch.ones(2)), after=1)
     function, given = other(walk)
-    assert torch.equal(graphs.run("round", 0, function, given, at_sight=True), torch.full_like(given[0], 4.0))
+    assert torch.equal(graphs.run("round", 0, function, given, after=1), torch.full_like(given[0], 4.0))
     counts = graphs.counts
     assert (counts.misses, counts.captures, counts.replays) == (1, 2, 1), "captured anew, for what it stands for now"
     assert torch.equal(graphs.run("round", 0, function, given), torch.full_like(given[0], 4.0)) and counts.replays == 2
@@ -156,7 +156,7 @@ def test_numbers_are_part_of_what_was_captured():
     state = graphs.hold("head", 3, begin(1))
     recorder.watched = [state.x, state.clock]
     for steps in (2, 2, 3, 3):
-        graphs.run("head", 3, walk.advance, (state, steps), at_sight=True)  # a key that leaves the steps out
+        graphs.run("head", 3, walk.advance, (state, steps), after=1)  # a key that leaves the steps out
     assert torch.equal(state.x, expected(1)) and graphs.counts.misses == 1
 
 
@@ -166,7 +166,7 @@ def test_what_is_given_stays_the_callers_and_what_is_held_is_not_copied_again():
     table = graphs.hold("table", 0, mine)
     for value in (1.0, 2.0, 3.0):
         x = torch.tensor([value]).expand(3)  # memory that overlaps itself can be read
-        calls.append((x, graphs.run("round", 0, walk.whole, (x, table), at_sight=True).clone()))
+        calls.append((x, graphs.run("round", 0, walk.whole, (x, table), after=1).clone()))
         assert graphs.hold("table", 0, torch.full((1,), 2.0)) is table
     assert all(torch.equal(z, x * 2 + 2) for x, z in calls) and graphs.counts.misses == 0
     assert table is not mine and recorder.firsts == [True]
@@ -217,7 +217,7 @@ def test_a_failed_capture_costs_nothing_but_itself():
     assert graphs.refusal("head", torch.device("cpu")) == graphs.failed["head"]
     recorder.error = None
     for _ in range(2):
-        graphs.run("round", 0, walk.whole, (torch.ones(1), torch.ones(1)), at_sight=True)
+        graphs.run("round", 0, walk.whole, (torch.ones(1), torch.ones(1)), after=1)
     assert graphs.counts.captures == graphs.counts.replays == 1, "something else may still be captured"
 
 
@@ -226,7 +226,7 @@ def test_without_memory_for_it_the_graphs_that_are_there_make_room():
     graphs = Graphs(recorder, "cpu")
     denoised(walk, graphs, 1, watch=recorder)
     recorder.error = torch.OutOfMemoryError("tried to allocate 2 GiB")
-    graphs.run("round", 0, walk.whole, (torch.ones(1), torch.ones(1)), at_sight=True)
+    graphs.run("round", 0, walk.whole, (torch.ones(1), torch.ones(1)), after=1)
     assert "2 GiB" in graphs.failed["round"]
     recorder.error = None
     assert torch.equal(denoised(walk, graphs, 2, watch=recorder), expected(2))
@@ -260,7 +260,7 @@ def test_what_is_dropped_at_any_time_is_made_anew(when):
         for chunk in range(5):
             if chunk == 3 and when == "in the middle":
                 graphs.clear()
-            graphs.run("head", (3, 2), walk.advance, (state, 2), at_sight=True)
+            graphs.run("head", (3, 2), walk.advance, (state, 2), after=1)
         assert torch.equal(state.x, expected(seed))
         if when == "between":
             graphs.clear()
@@ -271,7 +271,7 @@ def test_too_many_shapes_begin_anew(monkeypatch):
     monkeypatch.setattr(file, "MOST", 3)
     graphs, walk = Graphs(recorder := Recorder(), "cpu"), Walk()
     for rows in range(1, 8):
-        graphs.run("round", rows, walk.whole, (torch.ones(rows), torch.ones(1)), at_sight=True)
+        graphs.run("round", rows, walk.whole, (torch.ones(rows), torch.ones(1)), after=1)
     assert recorder.firsts == [True, False, False, True, False, False, True]
 
 
@@ -366,7 +366,7 @@ def test_a_capture_that_cuda_breaks_off_says_what_began_it_and_leaves_torch_usab
         return x + 1
 
     for _ in range(3):
-        assert torch.equal(graphs.run("round", 0, function, (torch.ones(2),), at_sight=True), torch.full((2,), 2.0))
+        assert torch.equal(graphs.run("round", 0, function, (torch.ones(2),), after=1), torch.full((2,), 2.0))
     assert [entry[0] for entry in card.log] == ["begin", "end", "unwind"] and card.log[-1][2] == (0, 1)
     assert "not permitted" in graphs.failed["round"]
     assert capture._spoilt, "torch's allocators may ask this graph again"
@@ -417,7 +417,7 @@ def test_graphs_on_a_card_equal_eager_bit_for_bit():
             try:
                 for _ in range(5):
                     step(eager, weight)
-                    graphs.run("step", 64, step, state, at_sight=True)
+                    graphs.run("step", 64, step, state, after=1)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
             assert torch.equal(state[0], eager)
@@ -431,14 +431,14 @@ def test_a_capture_that_waits_fails_cleanly_on_a_card():
     with torch.inference_mode():
         for _ in range(3):
             x = torch.ones(1000, device="cuda")
-            assert torch.equal(graphs.run("wait", 0, waiting, (x,), at_sight=True), x + 1000)
+            assert torch.equal(graphs.run("wait", 0, waiting, (x,), after=1), x + 1000)
         assert "capturing" in graphs.failed["wait"] and graphs.counts.captures == 0
         torch.cuda.empty_cache()  # which torch refuses during a capture
         eager, weight = cuda_walk("cuda")
         state = graphs.hold("step", 64, (eager.clone(), weight))
         for _ in range(4):
             step(eager, weight)
-            graphs.run("step", 64, step, state, at_sight=True)
+            graphs.run("step", 64, step, state, after=1)
         assert torch.equal(state[0], eager) and graphs.counts.replays == 3
     graphs.clear()
     torch.cuda.empty_cache()

@@ -165,7 +165,7 @@ def test_the_next_request_tries_graphs_again_and_leaves_other_reasons_alone():
 def with_graphs(device="cpu"):
     """A model on a device that has captured one function."""
     graphs = Graphs(lambda function, device, first: (lambda: None, function()), "cpu")
-    graphs.run("round", 1, torch.neg, (torch.ones(2),), at_sight=True)
+    graphs.run("round", 1, torch.neg, (torch.ones(2),), after=1)
     return SimpleNamespace(model=SimpleNamespace(graphs=graphs), device=torch.device(device))
 
 

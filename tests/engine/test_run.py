@@ -154,5 +154,5 @@ def test_seconds_of_captures_are_reported() -> None:
     graphs, clock = Graphs(capture, "cpu"), Clock(CPU)
     for _ in range(2):
         with clock.stage("sample"):
-            graphs.run("head", 0, torch.neg, (torch.ones(1),), at_sight=True)
+            graphs.run("head", 0, torch.neg, (torch.ones(1),), after=1)
     assert clock.seconds["capture"] == pytest.approx(graphs.counts.seconds) and graphs.counts.seconds >= 0.01

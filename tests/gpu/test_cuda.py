@@ -1,6 +1,8 @@
-"""What only a CUDA device can show, on the tiny model: agreement with the CPU, batches, no waiting inside a round."""
+"""What only a CUDA device can show, on tiny models: agreement with the CPU, batches, no waiting inside a round."""
 
 import math
+from dataclasses import replace
+from itertools import takewhile
 
 import numpy as np
 import pytest
@@ -18,15 +20,15 @@ PROMPTS = ["a red fox", "two cats in the snow at night", "a lamp", "three dogs b
 
 
 @pytest.fixture(scope="module")
-def load(tiny_release, tmp_path_factory):
-    """An engine for (device, dtype, quant, attention), loaded once."""
-    engines = {}
+def load(tiny_release, tiny_deepgen, tmp_path_factory):
+    """An engine for (device, dtype, quant, attention, model), loaded once."""
+    engines, folders = {}, {"unipic": tiny_release, "deepgen": tiny_deepgen}
 
-    def get(device, dtype="fp32", quant="none", attention="auto"):
-        key = device, dtype, quant, attention
+    def get(device, dtype="fp32", quant="none", attention="auto", model="unipic"):
+        key = device, dtype, quant, attention, model
         if key not in engines:
             how = {"device": device, "dtype": dtype, "quant": quant, "attention": attention}
-            engines[key] = Engine.from_pretrained(tiny_release, **how)
+            engines[key] = Engine.from_pretrained(folders[model], **how)
         return engines[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -66,6 +68,37 @@ def test_float32_agrees_with_the_cpu(load, make):
     assert (ours - reference).abs().max() <= 2e-4 * max(1.0, reference.abs().max())
 
 
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("unipic", {"speed": "balanced"}),
+        ("unipic", {"speed": "fast"}),
+        ("unipic", {"solver": "dpm2", "cfg_interval": (0.0, 0.6)}),
+        ("deepgen", {}),
+        ("deepgen", {"cfg_interval": (0.0, 0.6), "block_cache": 0.1}),
+        ("deepgen", {"batch_size": 1}),
+    ],
+    ids=["balanced", "fast", "solver", "deepgen", "deepgen, shortcuts", "deepgen, one by one"],
+)
+def test_pictures_in_float32_agree_with_the_cpu(load, model, settings):
+    def pictures(device):
+        engine, how = load(device, model=model), {"steps": 4, "seed": 3, **settings}
+        made = engine.generate(PROMPTS[:3], res=128, **how).images
+        return [*made, *engine.edit(picture(), "make it night", res=96, **how).images] if model == "deepgen" else made
+
+    ours, reference = pictures("cuda"), pictures("cpu")
+    assert min(psnr(a, b) for a, b in zip(ours, reference, strict=True)) >= 50
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "int8-qk"])
+def test_deepgen_in_int8_agrees_with_the_cpu(load, attention):
+    how = {"dtype": "bf16", "quant": "int8", "attention": attention, "model": "deepgen"}
+    ours, reference = (
+        load(device, **how).generate(PROMPTS[:2], res=128, steps=4, seed=3).images for device in ("cuda", "cpu")
+    )
+    assert min(psnr(a, b) for a, b in zip(ours, reference, strict=True)) >= 25
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "int8-qk"])
 def test_int8_agrees_with_the_cpu(load, attention):
     """A value that is rounded to the next whole number on one of them only is worth a hundredth of its row."""
@@ -91,23 +124,31 @@ def test_a_batch_makes_the_same_pictures_as_single_runs(load):
 
 
 @pytest.mark.parametrize(("dtype", "quant", "attention"), [("fp32", "none", "sdpa"), ("bf16", "int8", "int8-qk")])
-def test_a_round_never_waits_for_the_device(load, dtype, quant, attention):
+@pytest.mark.parametrize(
+    ("model", "speed"), [("unipic", "exact"), ("unipic", "balanced"), ("unipic", "fast"), ("deepgen", "exact")]
+)
+def test_a_round_never_waits_for_the_device(load, model, speed, dtype, quant, attention):
     """Of three pictures of one shape: eager with the head's captures, with those of the rounds, and replayed."""
-    engine = load("cuda", dtype, quant, attention)
+    engine = load("cuda", dtype, quant, attention, model)
     loaded, family = engine.loaded, engine.loaded.family
     task = Task("generate", 8, 8, steps=4, guidance=3.0, cfg_schedule="linear", temperature=0.9)
+    if speed != "exact":
+        task = replace(task, **family.speeds(engine.config)[speed])
     loaded.model.graphs.clear()
     with torch.inference_mode(), true_float32():
         for picture in range(3):
             batch = Batch(PROMPTS[:2], [PhiloxNoise(picture), PhiloxNoise(9)])
-            conditions = family.condition(loaded.model, loaded.tokens, task, batch)
+            conditions = None
+            for stage in takewhile(lambda name: name != "sample", family.needs(task.kind)):
+                conditions = getattr(family, stage)(loaded.model, loaded.tokens, task, batch, conditions)
             rounds = engine.family.schedule(engine.config, task, batch).to(engine.device)
             sampling = family.sample(loaded.model, conditions, task, batch, rounds)
             next(sampling)  # tables go up, and the first round may set libraries up
+            left = len(rounds) - 1
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
             try:
-                assert len(list(sampling)) == 3
+                assert len(list(sampling)) == left > 0
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     assert loaded.model.graphs.failed == {}
@@ -126,13 +167,14 @@ def test_half_precision_runs_all_tasks(load, dtype):
 
 
 @pytest.mark.parametrize(("quant", "attention"), [("none", "sdpa"), ("int8", "int8-qk")])
-@pytest.mark.parametrize("kind", ["guided", "unguided", "edit"])
+@pytest.mark.parametrize("kind", ["guided", "unguided", "edit", "balanced", "fast"])
 def test_graphs_make_the_pictures_that_eager_makes_bit_for_bit(load, quant, attention, kind):
     engine = load("cuda", "bf16", quant, attention)
     graphs = engine.loaded.model.graphs
 
     def make(prompt):
         settings = {"res": 96, "steps": 4, "seed": 3, "guidance": 1.0 if kind == "unguided" else 3.0}
+        settings |= {"speed": kind} if kind in ("balanced", "fast") else {}
         if kind == "edit":
             return engine.edit(picture(), prompt, **settings).images[0]
         return engine.generate(prompt, **settings).images[0]
@@ -147,3 +189,27 @@ def test_graphs_make_the_pictures_that_eager_makes_bit_for_bit(load, quant, atte
         captures.append(graphs.counts.captures - before)
     assert graphs.failed == {} and graphs.counts.misses == misses
     assert captures[1] > 0 and captures[2] == 0
+
+
+@pytest.mark.parametrize(("quant", "attention"), [("none", "sdpa"), ("int8", "int8-qk")])
+@pytest.mark.parametrize("kind", ["guided", "edit", "block_cache"])
+def test_graphs_make_deepgens_pictures_bit_for_bit(load, quant, attention, kind):
+    engine = load("cuda", "bf16", quant, attention, "deepgen")
+    graphs = engine.loaded.model.graphs
+
+    def make():
+        if kind == "edit":
+            return np.asarray(engine.edit(picture(), "make it night", res=96, steps=4, seed=3).images[0])
+        how = {"block_cache": 0.1} if kind == "block_cache" else {}
+        return np.asarray(engine.generate(PROMPTS[0], res=96, steps=4, seed=3, **how).images[0])
+
+    graphs.clear("off")
+    eager = make()
+    graphs.clear()
+    captures, misses = [], graphs.counts.misses
+    for _ in range(3):
+        before = graphs.counts.captures
+        assert np.array_equal(make(), eager)
+        captures.append(graphs.counts.captures - before)
+    assert graphs.failed == {} and graphs.counts.misses == misses
+    assert captures[0] > 0 and captures[2] == 0

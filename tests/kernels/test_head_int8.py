@@ -131,7 +131,7 @@ def test_at_most_thirty_launches_a_denoising_step(tokens):
     with torch.inference_mode():
         z = torch.empty(2 * tokens, config.condition, device="meta", dtype=torch.bfloat16)
         start, coefficients = torch.empty(tokens, 16, device="meta"), step_table(table, 2.5, 0.9).to("meta")
-        run = head.begin(z, start, drawn, coefficients, head.embed_steps(table), head.final.folded())
+        run = head.begin(z, start, drawn, len(table), coefficients, head.embed_steps(table), head.final.folded())
         with Meter() as meter:
             head.advance(run, steps)
     assert meter.total().launches <= 30 * steps

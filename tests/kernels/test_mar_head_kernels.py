@@ -103,7 +103,7 @@ class Denoised:
 
     def replayed(self, chunks: list[int]) -> torch.Tensor:
         once = step_table(self.table, *SCALES), self.embedded, self.head.final.folded()
-        run = self.head.begin(self.z, self.start, self.drawn, *once)
+        run = self.head.begin(self.z, self.start, self.drawn, len(self.table), *once)
         changed = [x for x in (run.x, run.before, run.h, run.clock) if x is not None]
         at = [x.data_ptr() for x in changed]
         for steps in chunks:
@@ -172,7 +172,7 @@ def test_at_most_thirty_launches_a_denoising_step(tokens: int, dtype: torch.dtyp
     with torch.inference_mode():
         z = torch.empty(2 * tokens, config.condition, device="meta", dtype=dtype)
         start, coefficients = torch.empty(tokens, 16, device="meta"), step_table(table, *SCALES).to("meta")
-        run = head.begin(z, start, drawn, coefficients, head.embed_steps(table), head.final.folded())
+        run = head.begin(z, start, drawn, len(table), coefficients, head.embed_steps(table), head.final.folded())
         with Meter() as meter:
             head.advance(run, steps)
     assert meter.total().launches <= 30 * steps

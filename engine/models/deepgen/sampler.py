@@ -94,8 +94,8 @@ class Sampler:
         """Of latents (B, C, h, w), guided."""
         found = {}
         for group in self.groups:
-            rows = self.rows(latents[list(group.images)], group, step)
-            found |= zip(group.images, self.guided(rows, len(group.images)), strict=True)
+            mine = torch.stack([latents[image] for image in group.images])  # a list as index would wait for the device
+            found |= zip(group.images, self.guided(self.rows(mine, group, step), len(mine)), strict=True)
         return torch.stack([found[image] for image in range(len(latents))])
 
     def rows(self, latents: Tensor, group: Group, step: int) -> Tensor:

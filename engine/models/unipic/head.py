@@ -3,6 +3,8 @@
 Letters: N tokens, C latent channels, W head width. With guidance the conditions come as [cond N | uncond N].
 """
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,9 +26,10 @@ Product = tuple[Tensor, Tensor]  # weight and bias
 NORM_EPS = 1e-6
 CHUNK = 10  # timesteps whose modulations are made at once, at most, where steps are launched or replayed
 CHUNK_BYTES = 2**28  # that these may take, anywhere
-# Fewer timesteps would be more than 30 launches a step, so a batch takes room for these up to the FUSED_ROWS of five
-# pictures: less than what the language model needs for a round of as many, whatever the type.
+# Far fewer timesteps would be more than 30 launches a step, so a batch takes room for these up to the FUSED_ROWS of
+# five pictures: less than what the language model needs for a round of as many, whatever the type.
 FEW = 5
+OFTEN = 3  # chunks that are alike in a round pay for the capture of one of them at once
 
 
 class HeadBlock(nn.Module):
@@ -75,11 +78,11 @@ class Denoising:
     x: Tensor  # (N, C) float32, the state
     before: Tensor | None  # the same, what a solver of the ODE keeps; None where noise is drawn
     h: Tensor  # (M, W) = input_proj of it; M = N, or 2N with guidance
-    clock: Tensor  # (2) int64, as kernels/head_step.py has it
+    clock: Tensor  # (3) int64, as kernels/head_step.py has it
     c: Tensor  # (M, W) = cond_embed(z)
     final: Product  # `FinalLayer.folded`
     drawn: Drawn | None
-    table: Tensor  # (T, 9), of `step_table`
+    table: Tensor  # (T, 9), of `step_table`; what is behind the steps to be taken is never read
     embedded: Tensor  # (T, W), of `embed_steps`
 
 
@@ -181,27 +184,27 @@ class DiffusionHead(nn.Module):
 
         `final` = self.final.folded(), made once a request.
 
-        What it returns may be overwritten by the next call: a chunk of steps that is taken often enough is captured.
+        What it returns may be overwritten by the next call: chunks of steps are captured, at once where there are
+        OFTEN alike, else when a later round has them too. Rounds of as many rows and other steps share them, since
+        tables are as long as the model's own, or longer.
         """
-        chunk = min(CHUNK, self.most_steps(len(z)))
-        chunks = [min(chunk, left) for left in range(len(table), 0, -chunk)]
-        key, often = (len(z), len(start), len(table), drawn is None), chunks.count(chunk) > 2
-        run = self.begin(z, start, drawn, table, embedded, final)
-        run = graphs.hold("head", key, run) if often else run
-        for steps in chunks:
-            if often and steps == chunk:
-                graphs.run("head", (*key, steps), self.advance, (run, steps), at_sight=True)
-            else:
-                self.advance(run, steps)
+        taken, longest = chunks(len(table), self.most_steps(len(z))), max(len(table), self.config.steps)
+        alike, key = Counter(taken), (len(z), len(start), longest, drawn is None)
+        table, embedded = graphs.hold("timesteps", longest, tuple(padded(x, longest) for x in (table, embedded)))
+        run = self.begin(z, start, drawn, sum(taken), table, embedded, final)
+        run = graphs.hold("head", key, run, at_sight=max(alike.values()) >= OFTEN)
+        for steps in taken:
+            after = 1 if alike[steps] >= OFTEN else alike[steps] + 1
+            graphs.run("head", (*key, steps), self.advance, (run, steps), after)
         return run.x
 
     def begin(
-        self, z: Tensor, start: Tensor, drawn: Drawn | None, table: Tensor, embedded: Tensor, final: Product
+        self, z: Tensor, start: Tensor, drawn: Drawn | None, steps: int, table: Tensor, embedded: Tensor, final: Product
     ) -> Denoising:
-        """Ready for the first step; arguments as in `sample_drawn`."""
+        """Ready for the first of so many steps; other arguments as in `sample_drawn`, tables may be longer."""
         c = self.cond_embed(z)
         seen = start.to(c.dtype).repeat(len(z) // max(len(start), 1), 1)
-        clock = torch.full((2,), len(table) - 1, device=start.device)
+        clock = torch.full((3,), steps - 1, device=start.device)
         before = torch.zeros_like(start) if drawn is None else None
         return Denoising(start.clone(), before, self.input_proj(seen), clock, c, final, drawn, table, embedded)
 
@@ -215,3 +218,18 @@ class DiffusionHead(nn.Module):
             close = steps if ahead == steps - 1 else 0
             changed = run.x, run.before, run.h, run.clock
             head_step(*out, first.weight, first.bias, *changed, run.table, run.drawn, ahead, close)
+
+
+def chunks(steps: int, most: int) -> list[int]:
+    """How many of the steps are taken at once, one after the other: at most so many, alike but for the last.
+
+    Where there are enough, OFTEN times or more.
+    """
+    size = min(most, CHUNK, max(FEW, steps // OFTEN))
+    size = math.ceil(steps / math.ceil(steps / size))
+    return [min(size, left) for left in range(steps, 0, -size)]
+
+
+def padded(table: Tensor, length: int) -> Tensor:
+    """table (T, columns) with rows of zeros behind it, `length` in all."""
+    return F.pad(table, (0, 0, 0, length - len(table)))

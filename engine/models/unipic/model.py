@@ -268,6 +268,8 @@ def sample(model: UniPic, conditions: Conditions, task: Task, batch: Batch, sche
         known = schedule.rounds[0].visible
         index = known[..., None].expand(-1, -1, shape[2])
         tokens = tokens.scatter(1, index, select_tokens(conditions.source.latents.expand(shape), known))
+    for plan in schedule.rounds:  # before the loop, which is never to wait for the device
+        sampler.table(plan)
     for plan in schedule.rounds:
         tokens = sampler.reveal(tokens, plan)
         yield tokens

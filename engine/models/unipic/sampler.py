@@ -112,7 +112,7 @@ class Sampler:
         return self.task.guidance != 1.0 and begins_within(self.task.cfg_interval, plan.index, plan.of)
 
     def table(self, plan: Round) -> "Table":
-        """Of the head's steps in a round; each is made when it is first needed."""
+        """Of the head's steps in a round; made when it is first asked for, which waits for the device."""
         steps = self.task.head_steps and annealed_steps(*self.task.head_steps, plan.index, plan.of)
         if steps not in self.tables:
             self.tables[steps] = self._table(steps)
@@ -123,7 +123,7 @@ class Sampler:
         model, head = self.model, self.model.config.head
         respacing = head.train_steps, steps or head.steps, head.max_beta, None if steps is None else LATEST
         made = ode_table(*respacing, ODE_ORDERS[self.task.solver]) if self.ode else ddpm_table(*respacing)
-        embedded = model.graphs.hold("timesteps", steps, model.head.embed_steps(made))
+        embedded = model.head.embed_steps(made)
         coefficients = None
         if self.keys is not None:
             coefficients = step_table(made, self.task.guidance, self.task.temperature).to(self.keys.device)
