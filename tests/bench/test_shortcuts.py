@@ -58,3 +58,25 @@ def test_every_way_is_made_of_the_same_prompts_and_another_sitting_goes_on(capsy
     with pytest.raises(UsageError, match="holds other ways"):
         shortcuts.main([*asked, "--seed", "1"])
     assert frontier.main([str(out), str(png)]) == 0 and Image.open(png).size == (frontier.WIDTH, frontier.HEIGHT)
+
+
+@pytest.mark.parametrize(("wrong", "status", "excluded"), [(60, 1, False), (12, 0, False), (3, 0, True)])
+def test_a_preset_that_certainly_loses_more_than_it_may_fails(capsys, monkeypatch, tmp_path, wrong, status, excluded):
+    def turn(self, ways, samples):
+        self.right = {"exact": "1" * 600, "balanced": "0" * wrong + "1" * (600 - wrong)}
+        self.seconds = {"exact": 1.0, "balanced": 1.0}
+
+    monkeypatch.setattr(paired.Series, "turn", turn)
+    monkeypatch.setattr(paired, "generations", lambda *given: [])
+    monkeypatch.setattr(shortcuts, "predicted", lambda how: 1.0)
+    asked = ["--each", "1", "--device", "cpu", "--only", "balanced", "--out", str(tmp_path / "prices.json")]
+    assert shortcuts.main(asked) == status
+    told = json.loads(capsys.readouterr().out)
+    assert told["lost more"] == ["balanced"] * status and told["ways"]["balanced"]["excluded"] is excluded
+
+
+def test_what_was_measured_of_the_presets_keeps_to_their_bounds(root):
+    newest = max((root / "bench" / "results").glob("shortcuts-presets-*.json"))
+    ways = json.loads(newest.read_text("utf-8"))["ways"]
+    for name, most in shortcuts.MOST.items():
+        assert ways[name]["high"] < most, f"{newest.name}: {name} may lose more"
