@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from os import environ
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from unipic_run.bench.checkout import require_this_checkout
 from unipic_run.engine import gpus
 from unipic_run.engine.errors import BudgetError
 from unipic_run.engine.estimate import ask_for, told
-from unipic_run.engine.plan import BANDED, Plan
+from unipic_run.engine.plan import BANDED, Plan, seconds_of
 
 CARDS = (  # GiB that may be used, and whose rates
     (4, "rtx3050-6g"),  # no card of 4 GiB is listed: this one, held to it
@@ -83,9 +84,7 @@ def row(gib: int, gpu: str, precision: str, res: int) -> dict[str, Any]:
 def without_beside(plan: Plan, card: gpus.Card) -> float:
     """Seconds by the fixed rates alone: of each operation its multiplications or its bytes, and launches."""
     return sum(
-        times * card.seconds(call.kind, call.precision, call.flop, call.nbytes, call.launches)
-        for call, times in plan.calls.items()
-        if call.stage != BANDED
+        times * seconds_of(replace(call, beside=0), card) for call, times in plan.calls.items() if call.stage != BANDED
     )
 
 

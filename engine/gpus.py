@@ -1,13 +1,15 @@
 """What a card can do: published peaks, and the fixed rates that predictions use instead of them.
 
 The reachable rates of the RTX 4090 are 158 TFLOPS in bfloat16 and 480 TOPS in int8 for matrix products, 150 and 280
-for attention (bfloat16, int8 queries and keys), 0.92 TB/s, and 2 microseconds a graph node. Every other card is taken
+for attention (bfloat16, int8 queries and keys), 0.92 TB/s, and 2 microseconds a graph node; arithmetic takes longer by
+what programs of our kernels leave idle in their last turn on all multiprocessors. Every other card is taken
 to reach the same share of its own published peaks: an assumption, not a measurement. A rate changes only with a
 measurement in `bench/results/`.
 
 Peaks are dense, with float32 sums, at the vendor's boost clock. Shared memory is what one block may ask for.
 """
 
+import math
 from dataclasses import dataclass
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
@@ -60,7 +62,11 @@ class Card:
             return self.int8_tops * 1e12 * share
         return self.bf16_tflops * 1e12 * share * (0.5 if precision == "fp32" else 1.0)
 
-    def seconds(self, kind: str, precision: str, flop: int, nbytes: int, launches: int) -> float:
+    def in_whole_turns(self, programs: int) -> float:
+        """How much longer so many equal programs take than if they filled all multiprocessors to the end."""
+        return math.ceil(programs / self.sms) * self.sms / programs if programs else 1.0
+
+    def seconds(self, kind: str, precision: str, flop: float, nbytes: int, launches: int) -> float:
         """The roofline: arithmetic or memory, whichever is slower, and the graph nodes."""
         busy = max(flop / self.flop_per_second(kind, precision), nbytes / self.bytes_per_second)
         return busy + launches * NODE_SECONDS

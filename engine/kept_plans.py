@@ -62,7 +62,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
     """All but its history and the names and shapes of operations; those that cost the same are counted together."""
     rows: Counter[tuple[Any, ...]] = Counter()
     for call, times in plan.calls.items():
-        rows[call.stage, call.kind, call.precision, call.flop, call.nbytes, call.launches, call.beside] += times
+        costs = call.flop, call.nbytes, call.launches, call.beside, call.programs
+        rows[call.stage, call.kind, call.precision, *costs] += times
     return {
         "stages": {name: asdict(stage) for name, stage in plan.stages.items()},
         "parts": plan.parts,

@@ -12,6 +12,7 @@ formulas and everything else as free but for the bytes it moves. An operation of
 makes a view or room. Works in inference mode only, where torch hands over whole operations such as attention.
 """
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,6 +45,9 @@ class Call:
     nbytes: int  # read and written
     launches: int
     beside: int = 0  # `Cost.beside`
+    programs: int = (
+        0  # of a kernel of ours, of the most where it has several; 0 of a library's, whose tiles are not known
+    )
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,9 @@ class Meter(TorchDispatchMode):
             return result
         tensors = list(tensors_in((args, kwargs)))
         kind = kind_of_ours(operator.name)
-        self._note(kind, precision(tensors), operator.name, result, cost.flop, cost.nbytes, count, cost.beside)
+        programs = max((math.prod(launch.grid) for launch in launches), default=0)
+        costs = cost.flop, cost.nbytes, count, cost.beside, programs
+        self._note(kind, precision(tensors), operator.name, result, *costs)
         return result
 
     def _torchs(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:

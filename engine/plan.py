@@ -91,7 +91,8 @@ class Plan:
 
 
 def seconds_of(call: Call, card: Card) -> float:
-    return card.seconds(call.kind, call.precision, call.flop + call.beside, call.nbytes, call.launches)
+    flop = (call.flop + call.beside) * card.in_whole_turns(call.programs)
+    return card.seconds(call.kind, call.precision, flop, call.nbytes, call.launches)
 
 
 def shapes(family: Verbs, config: Any, recipe: Recipe, dtype: torch.dtype, attend: Attention) -> nn.Module:

@@ -129,7 +129,7 @@ def test_our_operators_say_what_they_cost_and_count_what_they_launch():
         assert meter.peak == 2 * (4 * 48 * 64 * 2)
     cost = 8 * 4 * 96 * 64, 2 * 4 * 96 * 64 * 2 + 128
     whole, half = meter.calls
-    assert whole == Call("", "norm", "bf16", "norm", (4, 96, 64), *cost, 1)
+    assert whole == Call("", "norm", "bf16", "norm", (4, 96, 64), *cost, 1, programs=4 * 96)
     assert (half.flop, half.launches) == (cost[0] // 2, 2)
 
 
