@@ -1,7 +1,7 @@
 """Rules that the values of a request keep, one function each; a broken one is a UsageError."""
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from .errors import UsageError
@@ -27,11 +27,14 @@ def check_known(options: Mapping[str, Any], allowed: Any, *more: str) -> None:
 
 
 def as_plain(value: Any) -> Any:
-    """numpy's whole numbers as Python's, which neither overflow nor trouble JSON."""
-    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+    """numpy's numbers as Python's, which neither overflow nor trouble JSON."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def as_numbers(name: str, value: Any, count: int, wanted: str) -> Any:
+    value = value.tolist() if hasattr(value, "tolist") else value  # an array's numbers, as Python's
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != count:
         raise UsageError(f"{name} {value!r} does not have {count} numbers", f"give {wanted}")
     return tuple(map(as_plain, value))
@@ -45,7 +48,7 @@ def check_whole(name: str, value: object, low: int, high: int) -> None:
 
 
 def check_number(name: str, value: object, low: float, high: float) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool)
+    good = isinstance(value, Real) and not isinstance(value, bool)  # numpy's are
     if not (good and low <= value <= high):  # which nan is not
         raise UsageError(f"{name} {value!r} is not a number from {low:g} to {high:g}", "choose one in that range")
 

@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 
 from .checkpoint.manifest import Progress
+from .checks import as_plain
 from .errors import UsageError
 from .loading import load
+from .lock import Stream
 from .noise import Noise
 from .outcome import Answer, CancelToken, Event, Result
-from .picture import open_image, open_mask
+from .picture import open_image, open_images, open_mask
 from .prepare import edit_task, generate_task
 from .request import (
     AskOptions,
@@ -25,6 +27,7 @@ from .request import (
     as_margins,
     as_prompts,
     as_size,
+    as_token,
     check_res,
 )
 from .sampling import SamplingOptions, as_sampling
@@ -103,12 +106,14 @@ class Engine(Worker):
 
         Other keywords are the fields of `Sampling`: n, steps, guidance, cfg_schedule, temperature, negative, speed and
         what it stands for (head_steps, order, cfg_interval, cfg_cache, solver, block_cache), batch_size, preview_every.
-        Without a seed one is drawn and reported. A list of prompts gives
-        prompts x n images, copy i of each with seed + i. `noise` replaces the seeds' randomness, one source an image.
+        Without a seed one is drawn and reported. A list of prompts gives prompts x n images, copy i of each with
+        seed + i. `noise` replaces the seeds' randomness, one source an image: then settings have no seed and `seeds`
+        is empty. Whatever `on_event` raises ends the call and comes out of it as it is.
         """
         shape = as_size(res, size, self.config.resolution)
         request = GenerateRequest(as_prompts(prompt), shape, as_sampling(seed, sampling))
-        return self._images(request, partial(generate_task, request, self.defaults), noise, on_event, cancel, {})
+        make_task = partial(generate_task, request, self.defaults)
+        return self._images(request, make_task, noise, on_event, as_token(cancel), {})
 
     def edit(
         self,
@@ -119,7 +124,7 @@ class Engine(Worker):
         outpaint: tuple[int, int, int, int] | None = None,
         fit: str | None = None,
         posterior: str | None = None,
-        references: Sequence[ImageSource] = (),
+        references: Sequence[ImageSource] | ImageSource | None = None,
         size: tuple[int, int] | None = None,
         res: int | None = None,
         seed: int | None = None,
@@ -144,19 +149,20 @@ class Engine(Worker):
             image=picture,
             prompts=as_prompts(prompt),
             sampling=as_sampling(seed, sampling),
-            res=self.config.resolution if res is None else res,
+            res=self.config.resolution if res is None else as_plain(res),
             mask=None if mask is None else open_mask(mask, picture.size),
             outpaint=as_margins(outpaint),
             fit=fit,
             posterior=posterior,
-            references=tuple(map(open_image, references)),
+            references=open_images(references),
             size=None if size is None else as_size(None, size, 0),
         )
         check_res(res, fit, request.masked)
         make_task = partial(edit_task, request, self.family, self.config, self.defaults, self.device, self.dtype)
-        how = {"fit": fit, "outpaint": outpaint and list(outpaint), "masked": mask is not None or None}
+        margins = request.outpaint and list(request.outpaint)
+        how = {"fit": fit, "outpaint": margins, "masked": mask is not None or None}
         how |= {"references": len(request.references) or None, "posterior": posterior}
-        return self._images(request, make_task, noise, on_event, cancel, how)
+        return self._images(request, make_task, noise, on_event, as_token(cancel), how)
 
     @overload
     def ask(
@@ -179,15 +185,20 @@ class Engine(Worker):
         seed: int | None = None,
         stream: bool = False,
         cancel: CancelToken | None = None,
+        on_answer: Callable[[Answer], object] | None = None,
     ) -> Answer | list[Answer] | Iterator[str]:
         """Image and question to text: an `Answer`, or with `stream` its pieces as they come.
 
-        A list of questions gives a list of answers; the picture is then read only once. Temperature 0 is greedy.
+        A list of questions gives a list of answers, and `on_answer` hears each at once; the picture is read only once.
+        Temperature 0 is greedy.
+        A stream whose engine is closed before its end raises UsageError.
         Where a language model was tuned to make pictures and the folder has it as it was before, that one answers.
         """
-        side, picture = self.config.resolution if res is None else res, open_image(image)
+        token, picture = as_token(cancel), open_image(image)
+        side = self.config.resolution if res is None else res
+        how = tuple(map(as_plain, (side, max_new_tokens, temperature, top_p)))
         requests = [
-            AskRequest(text, side, max_new_tokens, temperature, top_p, secrets.randbits(32) if seed is None else seed)
+            AskRequest(text, *how, secrets.randbits(32) if seed is None else as_plain(seed))
             for text in as_prompts(question)
         ]
         if not requests:
@@ -195,8 +206,8 @@ class Engine(Worker):
         if stream:
             if len(requests) != 1:
                 raise UsageError(f"{len(requests)} questions cannot be streamed", "stream one question at a time")
-            answer = self._stream(picture, requests[0], cancel or CancelToken())
+            answer = Stream(self._stream(picture, requests[0], token))
             self._streams.add(answer)
             return answer
-        answers = self._answers(picture, requests, cancel or CancelToken())
+        answers = self._answers(picture, requests, token, on_answer)
         return answers[0] if isinstance(question, str) else answers

@@ -6,7 +6,6 @@ The format goes by content, never by suffix; then come file size and the pixels 
 
 import os
 import stat
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -49,9 +48,9 @@ def check_pixels(name: str, size: tuple[int, int]) -> None:
 def _identify(name: str, stream: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
     check_pixels(name, _webp_size(stream))  # older Pillow allocates a WebP canvas when it opens the file
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(stream, formats=formats)
+        # Of what is larger than we take, Pillow may warn first. A filter would be every thread's, and is not needed:
+        # opening decodes nothing, and what is refused below is refused with or without it.
+        picture = Image.open(stream, formats=formats)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise _too_large(name, "far too many pixels") from error
     except UnidentifiedImageError as error:

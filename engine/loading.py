@@ -48,6 +48,9 @@ def load(
     if drop_idle and vram is None:
         what = "drop_idle has no effect without vram: all weights stay where they are"
         raise UsageError(what, "add --vram auto (Engine keyword vram), or leave --drop-idle out")
+    if not isinstance(model, str | os.PathLike):
+        known = ", ".join(families.short_names())
+        raise UsageError(f"model {model!r:.80} is no name", f"give a folder, a hub id (org/name) or {known}")
     ready_for = as_largest(largest)
     place = as_device(device)
     precision = as_dtype(dtype, place)

@@ -1,8 +1,16 @@
-"""One call at a time on one engine."""
+"""One call at a time on one engine, and the streamed answers of which one may be that call."""
 
 import threading
+from collections.abc import Generator, Iterator
+from inspect import GEN_CREATED, GEN_SUSPENDED, getgeneratorstate
 
 from .errors import UsageError
+
+CLOSED = "this engine is closed", "load it again with Engine.from_pretrained"
+
+
+class Closed(UsageError):
+    """Work that a closed engine is asked for, or an answer that closing it has cut short."""
 
 
 class CallLock:
@@ -17,18 +25,17 @@ class CallLock:
         self._holder: int | None = None
 
     def __enter__(self) -> None:
-        if self.is_mine:
+        self.check()
+        self._lock.acquire()
+        self._holder = threading.get_ident()
+
+    def check(self) -> None:
+        """Raises UsageError where the calling thread holds it."""
+        if self._holder == threading.get_ident():
             raise UsageError(
                 "this engine is still busy with a call of the same thread",
                 "read the streamed answer to its end, or close() it, before the next call",
             )
-        self._lock.acquire()
-        self._holder = threading.get_ident()
-
-    @property
-    def is_mine(self) -> bool:
-        """Whether the calling thread holds it."""
-        return self._holder == threading.get_ident()
 
     def adopt(self) -> None:
         """The calling thread goes on with what another one began."""
@@ -37,3 +44,42 @@ class CallLock:
     def __exit__(self, *exc: object) -> None:
         self._holder = None
         self._lock.release()
+
+
+class Stream(Iterator[str]):
+    """The pieces of an answer as they come. Where the engine was closed before its end, reading on raises UsageError.
+
+    Begun and not yet at its end, it has the engine's lock.
+    """
+
+    def __init__(self, pieces: Generator[str]) -> None:
+        """`pieces` raises Closed where it sees the engine closing."""
+        self.pieces, self._cut = pieces, False
+
+    def __next__(self) -> str:
+        if self._cut:
+            raise Closed(*CLOSED)
+        try:
+            return next(self.pieces)
+        except Closed:
+            self._cut = True
+            raise
+
+    def close(self) -> None:
+        """End it, so that the engine can do something else."""
+        self.pieces.close()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it waits in its middle for somebody to read on."""
+        return getgeneratorstate(self.pieces) == GEN_SUSPENDED
+
+    def cut(self) -> bool:
+        """End it for the engine that closes; False where a thread is just in it."""
+        if getgeneratorstate(self.pieces) in (GEN_CREATED, GEN_SUSPENDED):
+            self._cut = True
+        try:
+            self.pieces.close()
+        except ValueError:  # it runs
+            return False
+        return True

@@ -18,12 +18,19 @@ from .sampling import MAX_SEED, Sampling
 from .task import Batch, Task
 
 
+class CallersError(Exception):
+    """Carries what the caller's own function raised, its cause, past those who would take it for the engine's failure.
+
+    To be unwrapped where nobody handles errors any more.
+    """
+
+
 @dataclass(frozen=True)
 class Job:
     """One image to make."""
 
     prompt: str
-    seed: int
+    seed: int | None  # None where the caller gave the noise
     noise: Noise
 
 
@@ -31,10 +38,10 @@ def jobs_of(prompts: Sequence[str], sampling: Sampling, noises: Sequence[Noise] 
     """n copies of each prompt; copy i of every prompt takes seed + i, so it does not matter what else is asked for."""
     asked = [(prompt, (sampling.seed + copy) & MAX_SEED) for prompt in prompts for copy in range(sampling.n)]
     if noises is None:
-        noises = [PhiloxNoise(seed) for _, seed in asked]
+        return [Job(prompt, seed, PhiloxNoise(seed)) for prompt, seed in asked]
     if len(noises) != len(asked):
         raise UsageError(f"{len(noises)} noise sources for {len(asked)} images", "give one for each image")
-    return [Job(prompt, seed, noise) for (prompt, seed), noise in zip(asked, noises, strict=True)]
+    return [Job(prompt, None, noise) for (prompt, _), noise in zip(asked, noises, strict=True)]
 
 
 def make_images(
@@ -48,7 +55,10 @@ def make_images(
     describe: Callable[[Job, Image.Image], dict[str, Any]],
     on_event: Callable[[Event], None] | None,
 ) -> list[Image.Image]:
-    """Images in the order of the jobs. A batch that runs out of memory is made again, in less of it."""
+    """Images in the order of the jobs. A batch that runs out of memory is made again, in less of it.
+
+    Raises CallersError for whatever `on_event` raises.
+    """
     images: list[Image.Image] = []
     seen: set[tuple[int, int]] = set()
     made = reuse = None
@@ -64,7 +74,11 @@ def make_images(
                 seen.update(shown)
                 pictures = previews or images
                 settings = tuple(describe(*pair) for pair in zip(part, pictures, strict=bool(pictures)))
-                on_event(replace(event, done=first, total=len(jobs), previews=previews, settings=settings))
+                heard = replace(event, done=first, total=len(jobs), previews=previews, settings=settings)
+                try:
+                    on_event(heard)
+                except Exception as error:
+                    raise CallersError from error
 
         batch = Batch([job.prompt for job in part], [job.noise for job in part], loaded.placed.apart)
         try:

@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Event:
-    """A finished stage, or one finished round of stage "sample". `done` of `total` images preceded this batch.
+    """What a batch has behind it: "condition", a round of "sample", or "decode". `done` of `total` images preceded it.
 
-    Stage "decode" brings the batch's finished `images`, which may be saved at once; `settings` belong to whichever of
-    `previews` and `images` there are. A batch that runs out of memory is made again, after a UnipicWarning that says
-    so: its stages and rounds come anew, perhaps for fewer images, and no preview comes twice.
+    Stages before "condition" that `timings` may tell, such as `look` and `read`, send none. Stage "decode" brings the
+    batch's finished `images`, which may be saved at once; `settings` belong to whichever of `previews` and `images`
+    there are. A batch that runs out of memory is made again, after a UnipicWarning that says so: its stages and rounds
+    come anew, perhaps for fewer images, and no preview comes twice.
     """
 
     stage: str
@@ -34,7 +35,7 @@ class Result:
     """Images with the settings that made each of them (JSON-ready, also written into PNGs)."""
 
     images: tuple["Image.Image", ...]
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...]  # of each image; empty where `noise` made them
     settings: tuple[dict[str, Any], ...]
     timings: dict[str, float]  # stage -> seconds; of these, what went into `compile` and `capture`, if anything did
     peak_bytes: int | None  # largest device memory held; None where the device does not tell

@@ -4,6 +4,8 @@ Sizes are (width, height) in pixels as in PIL; arrays and tensors are row-major,
 import torch, so that the command line can look at pictures without paying for it.
 """
 
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,6 +41,15 @@ class Canvas:
 def open_image(source: Source) -> Image.Image:
     """A path, a file's bytes or a PIL image -> an RGB picture: upright, transparency on white. Raises `ImageError`."""
     return _converted(_decoded(source), "RGB", background=255)
+
+
+def open_images(sources: Iterable[Source] | Source | None) -> tuple[Image.Image, ...]:
+    """Like `open_image`, of several, of one that is in no list, or of none."""
+    if sources is None:
+        return ()
+    if isinstance(sources, str | os.PathLike | bytes | Image.Image) or not isinstance(sources, Iterable):
+        return (open_image(sources),)
+    return tuple(map(open_image, sources))
 
 
 def open_mask(source: Source, size: tuple[int, int]) -> Image.Image:

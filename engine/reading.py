@@ -101,9 +101,13 @@ class Reader:
 
 
 def answer_all(
-    reader: Reader, requests: Sequence[AskRequest], cancel: CancelToken, describe: Callable[..., dict[str, Any]]
+    reader: Reader,
+    requests: Sequence[AskRequest],
+    cancel: CancelToken,
+    describe: Callable[..., dict[str, Any]],
+    on_answer: Callable[[Answer], object] | None = None,
 ) -> list[Answer]:
-    """`describe(task, **settings)` makes what an answer tells of its settings."""
+    """`describe(task, **settings)` makes what an answer tells of its settings; `on_answer` hears each at once."""
     clock, answers = reader.clock, []
     for request in requests:
         ids = tuple(reader.answer(request, cancel))
@@ -118,4 +122,6 @@ def answer_all(
                 attention=settings["attention"],
             )
         )
+        if on_answer:
+            on_answer(answers[-1])
     return answers

@@ -3,7 +3,7 @@
 Sizes are pixels, seeds unsigned 64-bit integers, times seconds. A field left `None` takes the model's own default.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
@@ -19,7 +19,7 @@ from .checks import (
     check_whole,
 )
 from .errors import UsageError
-from .outcome import CancelToken
+from .outcome import Answer, CancelToken
 from .sampling import MAX_IMAGES, MAX_SEED, Sampling
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ class AskOptions(TypedDict, total=False):
     top_p: float
     seed: int | None
     cancel: CancelToken | None
+    on_answer: Callable[[Answer], object] | None
 
 
 @dataclass(frozen=True)
@@ -194,10 +195,19 @@ def as_prompts(prompt: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(prompt)
 
 
+def as_token(cancel: CancelToken | None) -> CancelToken:
+    """The caller's, or one that nobody sets."""
+    if cancel is None:
+        return CancelToken()
+    if not isinstance(cancel, CancelToken):
+        raise UsageError(f"cancel is {type(cancel).__name__}, not a CancelToken", "pass a unipic_run.CancelToken()")
+    return cancel
+
+
 def as_size(res: int | None, size: tuple[int, int] | None, default: int) -> tuple[int, int]:
     """(width, height) from a square's side, a pair, or neither."""
     if size is None:
-        side = default if res is None else res
+        side = default if res is None else as_plain(res)
         return side, side
     if res is not None:
         raise UsageError("both res and size given", "use res for a square, size for anything else")

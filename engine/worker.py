@@ -18,10 +18,10 @@ from torch import nn
 from .. import __version__
 from ..quant.recipe import NONE, Recipe
 from .device import current, dtype_name, memory_peak, out_of_memory, reset_memory_peak
-from .errors import UnipicWarning, UsageError
+from .errors import UnipicWarning
 from .loaded import Loaded
-from .lock import CallLock
-from .making import Job, jobs_of, make_images
+from .lock import CLOSED, CallLock, Closed, Stream
+from .making import CallersError, Job, jobs_of, make_images
 from .noise import Noise
 from .outcome import Answer, CancelToken, Event, Result
 from .placing import Placing
@@ -30,7 +30,7 @@ from .reading import Reader, answer_all
 from .request import GPU_BATCH, AskRequest, EditRequest, GenerateRequest
 from .room import Room
 from .run import Clock
-from .sampling import SAMPLED
+from .sampling import SAMPLED, Sampling
 from .source import UNVERIFIED, Source
 from .task import Task
 from .tokens import Tokens
@@ -72,7 +72,7 @@ class Worker:
         self.lock = CallLock()
         self._release = weakref.finalize(self, release)
         self._release.atexit = False
-        self._streams: weakref.WeakSet[Generator[str]] = weakref.WeakSet()
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._closing = False
 
     def __enter__(self) -> Self:
@@ -86,6 +86,8 @@ class Worker:
 
         Raises UsageError in the middle of a call of the same thread, and then leaves all as it is.
         """
+        if not any(stream.is_held for stream in list(self._streams)):  # else that one has the lock, and can be ended
+            self.lock.check()
         self._closing = True
         try:
             self._end_streams()
@@ -95,11 +97,9 @@ class Worker:
             raise
 
     def _end_streams(self) -> None:
-        """Those that other threads are in end at their next piece; one that this thread is in cannot."""
+        """Those that other threads are in end at their next piece."""
         left = list(self._streams)
-        while left := [stream for stream in left if not ended(stream)]:
-            if self.lock.is_mine:
-                return
+        while left := [stream for stream in left if not stream.cut()]:
             time.sleep(0.01)
 
     def _free(self) -> None:
@@ -118,41 +118,63 @@ class Worker:
         make_task: Callable[[], tuple[Task, Finish]],
         noise: Sequence[Noise] | None,
         on_event: Callable[[Event], None] | None,
-        cancel: CancelToken | None,
+        cancel: CancelToken,
         how: dict[str, Any],
     ) -> Result:
-        jobs, clock = jobs_of(request.prompts, request.sampling, noise), Clock(self.device)
-        with self._working("making images") as loaded:
-            task, finish = make_task()
-            check_shortcuts(task, loaded.family)
-            loaded.family.check_prompts(self.config, loaded.tokens, task, request.prompts)
-            note_doubts(task, self.config.resolution)
-            how = {name: getattr(task, name) for name in SAMPLED} | {"speed": request.sampling.speed} | how
+        jobs = jobs_of(request.prompts, request.sampling, noise)
+        try:
+            with self._working("making images") as loaded:
+                task, finish = make_task()
+                check_shortcuts(task, loaded.family)
+                loaded.family.check_prompts(self.config, loaded.tokens, task, request.prompts)
+                note_doubts(task, self.config.resolution)
+                return self._made(loaded, request.sampling, task, finish, jobs, on_event, cancel, how)
+        except CallersError as carried:
+            raised = [carried.__cause__]
+        raise raised.pop()  # out here it keeps its context, and popped it is in no frame of its own trace
 
-            def describe(job: Job, image: Image.Image) -> dict[str, Any]:
-                size = f"{image.width}x{image.height}"
-                return self._settings(task.kind, prompt=job.prompt, seed=job.seed, size=size, **how)
+    def _made(
+        self,
+        loaded: Loaded,
+        sampling: Sampling,
+        task: Task,
+        finish: Finish,
+        jobs: Sequence[Job],
+        on_event: Callable[[Event], None] | None,
+        cancel: CancelToken,
+        how: dict[str, Any],
+    ) -> Result:
+        clock, previews = Clock(self.device), sampling.preview_every
+        how = {name: getattr(task, name) for name in SAMPLED} | {"speed": sampling.speed} | how
 
-            previews = request.sampling.preview_every
-            at_once = request.sampling.batch_size or (GPU_BATCH if self.device.type == "cuda" else 1)
-            room = Room(loaded, min(at_once, len(jobs)))
-            if self.placing:
-                prompts = [job.prompt for job in jobs]
-                room = Room(*self.placing.pictures(task, prompts, room.at_once, bool(previews)), self._less)
-            how_seen = (cancel or CancelToken(), finish, describe, on_event)
-            images = make_images(room, task, jobs, previews, clock, *how_seen)
-            return Result(
-                images=tuple(images),
-                seeds=tuple(job.seed for job in jobs),
-                settings=tuple(describe(job, image) for job, image in zip(jobs, images, strict=True)),
-                timings=clock.seconds,
-                peak_bytes=memory_peak(self.device),
-                attention=self.attention,
-            )
+        def describe(job: Job, image: Image.Image) -> dict[str, Any]:
+            size = f"{image.width}x{image.height}"
+            return self._settings(task.kind, prompt=job.prompt, seed=job.seed, size=size, **how)
 
-    def _answers(self, picture: Image.Image, requests: Sequence[AskRequest], cancel: CancelToken) -> list[Answer]:
+        at_once = sampling.batch_size or (GPU_BATCH if self.device.type == "cuda" else 1)
+        room = Room(loaded, min(at_once, len(jobs)))
+        if self.placing:
+            prompts = [job.prompt for job in jobs]
+            room = Room(*self.placing.pictures(task, prompts, room.at_once, bool(previews)), self._less)
+        images = make_images(room, task, jobs, previews, clock, cancel, finish, describe, on_event)
+        return Result(
+            images=tuple(images),
+            seeds=tuple(job.seed for job in jobs if job.seed is not None),
+            settings=tuple(describe(job, image) for job, image in zip(jobs, images, strict=True)),
+            timings=clock.seconds,
+            peak_bytes=memory_peak(self.device),
+            attention=self.attention,
+        )
+
+    def _answers(
+        self,
+        picture: Image.Image,
+        requests: Sequence[AskRequest],
+        cancel: CancelToken,
+        on_answer: Callable[[Answer], object] | None,
+    ) -> list[Answer]:
         with self._working("answering", answering=True) as loaded:
-            return answer_all(self._reader(loaded, picture, requests), requests, cancel, self._settings)
+            return answer_all(self._reader(loaded, picture, requests), requests, cancel, self._settings, on_answer)
 
     def _stream(self, picture: Image.Image, request: AskRequest, cancel: CancelToken) -> Generator[str]:
         # The lock is taken when reading begins; it goes when the generator ends, is closed, or is collected.
@@ -160,7 +182,7 @@ class Worker:
             text = loaded.tokens.stream()
             for token in self._reader(loaded, picture, [request]).answer(request, cancel):
                 if self._closing:
-                    return
+                    raise Closed(*CLOSED)
                 if piece := text.push(token):
                     yield piece
                     self.lock.adopt()  # whoever resumed it
@@ -190,7 +212,7 @@ class Worker:
         """Alone on the engine, counting memory, and failing as a UnipicError when memory runs out."""
         with self.lock, out_of_memory(doing), current(self.device):
             if self.loaded is None or self._closing:
-                raise UsageError("this engine is closed", "load it again with Engine.from_pretrained")
+                raise Closed(*CLOSED)
             reset_memory_peak(self.device)
             with self.placing.running() if self.placing else nullcontext():
                 self._fill(answering)
@@ -219,12 +241,3 @@ class Worker:
             "attention": self.attention,
         }
         return {name: value for name, value in known.items() if value is not None}
-
-
-def ended(stream: Generator[str]) -> bool:
-    """Close a streamed answer, unless a thread is just in it."""
-    try:
-        stream.close()
-    except ValueError:
-        return False
-    return True

@@ -114,6 +114,18 @@ def test_importing_the_package_and_its_command_loads_no_torch(tmp_path):
     assert done.returncode == 0, done.stderr or "torch was imported"
 
 
+def test_the_public_door_shows_what_is_behind_it_and_every_error_to_catch(tmp_path):
+    code = (
+        "import unipic_run, sys; from unipic_run.engine import errors; "
+        "kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type)}; "
+        "assert kinds <= set(dir(unipic_run)) == set(unipic_run.__all__), kinds; "
+        "assert all(getattr(unipic_run, name) is getattr(errors, name) for name in kinds); "
+        "assert 'torch' not in sys.modules; [getattr(unipic_run, name) for name in dir(unipic_run)]"
+    )
+    done = python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["gen", "--help"]])
 def test_help_loads_no_torch(tmp_path, arguments):
     command = shutil.which("unipic-run", path=str(Path(sys.executable).parent))

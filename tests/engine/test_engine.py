@@ -1,5 +1,6 @@
 """The engine's promises to a library user, on a random-weight model: seeds, masks, streams, locks, cancelling."""
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,16 @@ import pytest
 import torch
 from PIL import Image
 from unipic_run import CancelToken, Engine, Event
-from unipic_run.engine.errors import Cancelled, CorruptWeightsError, UnipicWarning, UnsupportedDeviceError, UsageError
+from unipic_run.engine.errors import (
+    BudgetError,
+    Cancelled,
+    CorruptWeightsError,
+    UnipicWarning,
+    UnsupportedDeviceError,
+    UsageError,
+)
 from unipic_run.engine.kv_cache import Prompts
+from unipic_run.engine.noise import PhiloxNoise
 
 QUICK = {"res": 64, "steps": 3}
 pytestmark = pytest.mark.filterwarnings("ignore::unipic_run.engine.errors.UnipicWarning")
@@ -38,6 +47,16 @@ def test_image_i_is_the_single_run_with_seed_plus_i(tiny_engine: Engine) -> None
         alone = tiny_engine.generate(["a red fox"], seed=seed, **QUICK).images[0]
         assert alone.tobytes() == image.tobytes()
     assert three.images[0].tobytes() != three.images[1].tobytes()
+
+
+def test_a_seed_that_made_nothing_is_not_recorded(tiny_engine: Engine) -> None:
+    events: list[Event] = []
+    seeded = tiny_engine.generate("a red fox", seed=7, **QUICK)
+    for seed in ({}, {"seed": 1}):
+        given = tiny_engine.generate("a red fox", noise=[PhiloxNoise(7)], on_event=events.append, **seed, **QUICK)
+        assert given.images[0].tobytes() == seeded.images[0].tobytes()
+        assert given.seeds == () and {**given.settings[0], "seed": 7} == seeded.settings[0]
+    assert not any("seed" in settings for event in events for settings in event.settings)
 
 
 def test_a_prompt_does_not_depend_on_its_neighbours(tiny_engine: Engine) -> None:
@@ -86,6 +105,13 @@ def test_previews_do_not_change_the_result(tiny_engine: Engine) -> None:
     plain = tiny_engine.generate("a cat", seed=1, **QUICK).images[0]
     watched = tiny_engine.generate("a cat", seed=1, preview_every=1, **QUICK).images[0]
     assert plain.tobytes() == watched.tobytes()
+
+
+def test_only_the_last_stage_before_sampling_is_an_event(tiny_engine: Engine, photo: Image.Image) -> None:
+    events: list[Event] = []
+    edited = tiny_engine.edit(photo, "make it night", res=64, steps=2, on_event=events.append)
+    assert [event.stage for event in events] == ["condition", "sample", "sample", "decode"]
+    assert set(edited.timings) == {"look", "condition", "sample", "decode"}
 
 
 def test_masked_edit_keeps_size_and_unmasked_pixels(tiny_engine: Engine, photo: Image.Image) -> None:
@@ -186,6 +212,33 @@ def test_an_error_in_a_callback_leaves_the_engine_usable(tiny_engine: Engine) ->
     assert tiny_engine.generate("a cat", **QUICK).images
 
 
+@pytest.mark.parametrize("stage", ["condition", "sample", "decode"])
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (RuntimeError, "CUDA out of memory in MY model"),
+        (MemoryError, "mine"),
+        (BudgetError, "of another engine"),
+        (StopIteration, "of an iterator"),
+    ],
+)
+def test_what_a_callback_raises_comes_out_as_it_is_and_at_once(
+    tiny_engine: Engine, kind: type[Exception], text: str, stage: str
+) -> None:
+    failure, heard = kind(text), []
+
+    def broken(event: Event) -> None:
+        heard.append(event.stage)
+        if event.stage == stage:
+            raise failure
+
+    with pytest.raises(kind) as caught:
+        tiny_engine.generate("a cat", n=2, batch_size=2, preview_every=1, on_event=broken, **QUICK)
+    assert caught.value is failure and failure.__context__ is failure.__cause__ is None
+    assert caught.traceback[-1].name == "broken"
+    assert heard[-1] == stage and heard.count("condition") == heard.count(stage) == 1, "nothing is made again"
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -201,6 +254,11 @@ def test_an_error_in_a_callback_leaves_the_engine_usable(tiny_engine: Engine) ->
         lambda e: e.ask(Image.new("RGB", (9, 9)), None),
         lambda e: e.generate("a cat", size="64x64"),
         lambda e: e.generate("a cat", size=64),
+        lambda e: e.generate("a cat", size=np.array([64, 64, 64])),
+        lambda e: e.generate("a cat", cancel="x"),
+        lambda e: e.ask(Image.new("RGB", (9, 9)), "what?", cancel="x"),
+        lambda e: e.edit(Image.new("RGB", (9, 9)), "x", references=5),
+        lambda e: type(e).from_pretrained(None),
         lambda e: e.generate("a cat", size=(64,)),
         lambda e: e.generate(5),
         lambda e: e.generate("a \ud800 cat"),
@@ -225,8 +283,20 @@ def test_sizes_off_the_trained_one_are_noted(tiny_engine: Engine) -> None:
         tiny_engine.generate("a cat", steps=1)
 
 
-def test_numpy_integers_are_welcome(tiny_engine: Engine) -> None:
-    assert tiny_engine.generate("a cat", seed=np.int64(3), size=np.array([64, 32]).tolist(), steps=1).seeds == (3,)
+def test_numpy_numbers_are_welcome(tiny_engine: Engine, photo: Image.Image) -> None:
+    made = tiny_engine.generate("a cat", seed=np.int64(3), size=np.array([64, 32]), guidance=np.float32(2), steps=1)
+    assert made.seeds == (3,) and made.images[0].size == (64, 32) and made.settings[0]["guidance"] == 2.0
+    wide = tiny_engine.edit(photo, "wider", outpaint=np.array([20, 0, 33, 5]), steps=1)
+    assert wide.images[0].size == (90 + 53, 70 + 5)
+    how = {"res": np.int64(64), "max_new_tokens": np.int32(2), "temperature": np.float32(0.5), "seed": np.uint64(9)}
+    answer = tiny_engine.ask(photo, "what?", **how)
+    for settings in (made.settings[0], wide.settings[0], answer.settings):
+        assert json.loads(json.dumps(settings))
+
+
+def test_an_edit_of_one_picture_may_say_so(tiny_engine: Engine, photo: Image.Image) -> None:
+    one, same = (tiny_engine.edit(photo, "x", references=r, res=64, steps=1, seed=1).images[0] for r in (None, ()))
+    assert one.tobytes() == same.tobytes()
 
 
 def test_a_negative_prompt_without_guidance_is_noted(tiny_engine: Engine) -> None:

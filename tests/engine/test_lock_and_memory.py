@@ -3,7 +3,7 @@
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from PIL import Image
 from unipic_run import Engine
 from unipic_run.engine.device import out_of_memory
 from unipic_run.engine.errors import BudgetError, HostMemoryError, UsageError
+from unipic_run.engine.lock import Closed, Stream
 from unipic_run.engine.precision import true_float32
 from unipic_run.engine.reading import Reader
 
@@ -86,10 +87,18 @@ def test_leaving_the_block_ends_open_streams_and_keeps_the_users_error(
     monkeypatch.setenv("UNIPIC_RUN_CACHE", str(tmp_path))
     with pytest.raises(ZeroDivisionError), Engine.from_pretrained(tiny_release, device="cpu") as engine:
         model = weakref.ref(engine.loaded.model)
-        stream = engine.ask(PHOTO, "what is this?", res=64, stream=True)
+        whole, left, stream, unread = (
+            engine.ask(PHOTO, "what is this?", res=64, max_new_tokens=5, stream=True) for _ in range(4)
+        )
+        assert list(whole) and next(left)
+        left.close()
         next(stream)
         raise ZeroDivisionError
-    assert list(stream) == [] and model() is None
+    assert model() is None
+    for cut in (stream, unread, stream, unread):
+        with pytest.raises(UsageError, match="this engine is closed: load it again"):
+            list(cut)
+    assert list(whole) == list(left) == [], "which had ended before"
     with pytest.raises(UsageError, match="closed"):
         engine.generate("a cat")
 
@@ -110,11 +119,33 @@ def test_closing_ends_an_answer_that_another_thread_is_reading(
 
     monkeypatch.setattr(Reader, "answer", endless)
     stream = engine.ask(PHOTO, "what is this?", res=64, stream=True)
-    reader = threading.Thread(target=lambda: heard.extend(stream), daemon=True)
+
+    def read() -> None:
+        for _ in range(2):
+            try:
+                heard.append(list(stream))
+            except UsageError as error:
+                heard.append(str(error).partition(":")[0])
+
+    reader = threading.Thread(target=read, daemon=True)
     reader.start()
     assert begun.wait(30) and in_thread(engine.close) == [None]
     reader.join(timeout=30)
     assert not reader.is_alive() and engine.loaded is None
+    assert heard == ["this engine is closed"] * 2, "it is no whole answer, however often it is read"
+
+
+def test_a_stream_that_is_just_being_ended_says_so() -> None:
+    said = []
+
+    def pieces() -> Iterator[str]:
+        try:
+            yield "a piece"
+        finally:
+            said.extend(in_thread(lambda: next(stream)))
+
+    stream = Stream(pieces())
+    assert next(stream) and stream.cut() and [type(error) for error in said] == [Closed]
 
 
 def test_closing_waits_for_no_stream_that_waits_for_another(
@@ -133,16 +164,19 @@ def test_closing_waits_for_no_stream_that_waits_for_another(
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    while not second.gi_running:
+    while not second.pieces.gi_running:
         time.sleep(0.01)
     engine._streams = [second, first]  # in the worse order
     assert in_thread(engine.close) == [None]
     reader.join(timeout=30)
     assert not reader.is_alive() and isinstance(outcome[0], UsageError), "it had not begun"
+    with pytest.raises(UsageError, match="this engine is closed"):
+        next(second)
 
 
 def test_a_close_in_the_middle_of_a_call_is_refused_and_changes_nothing(tiny_engine: Engine) -> None:
-    refused = []
+    refused, asked = [], {"res": 64, "max_new_tokens": 5, "stream": True}
+    unread = tiny_engine.ask(PHOTO, "what is this?", **asked)
 
     def close(*given: object) -> None:
         with pytest.raises(UsageError, match="busy with a call of the same thread"):
@@ -150,6 +184,7 @@ def test_a_close_in_the_middle_of_a_call_is_refused_and_changes_nothing(tiny_eng
         refused.append(True)
 
     assert tiny_engine.generate("a cat", on_event=close, **QUICK).images and refused
+    assert list(unread)
     answered = Reader.answer
 
     def answer(self, request, cancel):
@@ -158,7 +193,7 @@ def test_a_close_in_the_middle_of_a_call_is_refused_and_changes_nothing(tiny_eng
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Reader, "answer", answer)
-        assert list(tiny_engine.ask(PHOTO, "what is this?", res=64, stream=True))
+        assert list(tiny_engine.ask(PHOTO, "what is this?", **asked))
 
 
 def test_float32_scope_restores_the_callers_settings_after_the_last_engine() -> None:

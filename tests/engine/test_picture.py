@@ -5,6 +5,7 @@ import itertools
 import struct
 import sys
 import time
+import warnings
 import zlib
 from io import BytesIO
 from pathlib import Path
@@ -100,6 +101,38 @@ def test_a_huge_header_is_refused_at_once_without_memory(header, size):
     assert time.perf_counter() - start < 1.0
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit < 32 * 2**20
+
+
+@pytest.mark.parametrize("action", ["ignore", "error"])
+def test_a_picture_that_pillow_warns_of_is_refused(action):
+    with warnings.catch_warnings():
+        warnings.simplefilter(action)
+        with pytest.raises(ImageError, match="limit is 64 million"):
+            picture.open_image(png_header(10_000, 9_500))
+
+
+def test_opening_leaves_alone_what_other_threads_do_with_warnings(monkeypatch):
+    seen, identify = [], Image.open
+
+    def watched(*how, **more):
+        seen.append(warnings.filters[:])
+        return identify(*how, **more)
+
+    monkeypatch.setattr(Image, "open", watched)
+    picture.open_image(encoded(Image.new("RGB", (9, 9)), "PNG"))
+    assert seen == [warnings.filters], "filters are the whole process's"
+
+
+def test_one_picture_is_opened_like_a_list_of_one(tmp_path):
+    data = encoded(Image.fromarray(noise(9, 7)), "PNG")
+    path = tmp_path / "w.png"
+    path.write_bytes(data)
+    for given in (str(path), path, data, Image.open(path), [path], (each for each in [path])):
+        (opened,) = picture.open_images(given)
+        assert np.array_equal(np.asarray(opened), noise(9, 7))
+    assert picture.open_images(None) == picture.open_images([]) == ()
+    with pytest.raises(ImageError, match="int is not an image"):
+        picture.open_images(5)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from unipic_run.engine.checks import check_size
@@ -74,6 +75,17 @@ def test_guidance_and_temperature_of_zero_are_kept() -> None:
 def test_pairs_come_as_any_sequence_and_are_kept_as_tuples() -> None:
     sampling = Sampling(seed=0, head_steps=[50, 5], cfg_interval=[0, 1])
     assert sampling.head_steps == (50, 5) and sampling.cfg_interval == (0.0, 1.0)
+
+
+def test_numbers_of_numpy_are_kept_as_pythons() -> None:
+    how = {"steps": np.int32(4), "guidance": np.float32(3), "cfg_cache": np.float32(2), "head_steps": np.array([9, 5])}
+    sampling = as_sampling(1, how | {"cfg_interval": np.array([0, 0.5])})
+    kept = sampling.steps, sampling.guidance, sampling.cfg_cache, sampling.head_steps, sampling.cfg_interval
+    assert kept == (4, 3.0, 2.0, (9, 5), (0.0, 0.5))
+    assert [type(number) for number in (*kept[:3], *kept[3], *kept[4])] == [int, float, float, int, int, float, float]
+    assert Sampling(seed=0, guidance=np.float32(3)).guidance == 3.0
+    with pytest.raises(UsageError, match="guidance nan is not a number"):
+        as_sampling(1, {"guidance": np.float32("nan")})
 
 
 def test_unknown_options_are_errors() -> None:

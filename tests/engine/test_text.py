@@ -1,9 +1,14 @@
-"""Choosing the next token: penalty, greedy, nucleus, and when to stop."""
+"""Choosing the next token: penalty, greedy, nucleus, and when to stop; and hearing of answers."""
 
 from collections import Counter
+from types import SimpleNamespace
 
+import pytest
 import torch
 from unipic_run.engine.noise import PhiloxNoise
+from unipic_run.engine.outcome import CancelToken
+from unipic_run.engine.reading import answer_all
+from unipic_run.engine.request import AskRequest
 from unipic_run.engine.text import decode_text, penalise, pick
 
 
@@ -56,3 +61,17 @@ def test_tokens_chosen_earlier_are_taken_as_they_are_and_then_it_goes_on() -> No
 
 def test_penalty_reaches_generated_tokens() -> None:
     assert run([[1.0, 0.9, 0]] * 3, limit=2, penalty=2.0)[0] == [0, 1]
+
+
+def test_each_answer_is_heard_before_the_next_is_begun() -> None:
+    def answer(request: AskRequest, cancel: CancelToken) -> list[str]:
+        if request.question == "b":
+            raise KeyboardInterrupt
+        return [request.question]
+
+    clock = SimpleNamespace(seconds={}, device=torch.device("cpu"))
+    reader = SimpleNamespace(answer=answer, clock=clock, tokens=SimpleNamespace(decode="".join))
+    requests, heard = [AskRequest("a", 64), AskRequest("b", 64)], []
+    with pytest.raises(KeyboardInterrupt):
+        answer_all(reader, requests, CancelToken(), lambda task, **how: how | {"attention": "sdpa"}, heard.append)
+    assert [one.text for one in heard] == ["a"]
