@@ -7,6 +7,7 @@ Data goes to stdout (a path per picture, text, or with --json one object), all e
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -16,6 +17,7 @@ from unipic_run.engine import options as o
 from unipic_run.engine.checks import PATCH
 from unipic_run.engine.commands import convert, doctor, info, list_models, plan, pull, verify
 from unipic_run.engine.errors import UsageError
+from unipic_run.engine.outcome import Answer
 from unipic_run.engine.request import AskRequest, EditRequest, GenerateRequest, check_res
 from unipic_run.engine.saving import Order, make_pictures, open_engine
 from unipic_run.engine.terminal import Terminal, terminal_of
@@ -68,7 +70,7 @@ def gen(
     device: o.Device = "auto",
     dtype: o.Dtype = None,
     quant: o.Quant = None,
-    attn: o.Attn = "auto",
+    attn: o.Attn = None,
     vram: o.Vram = None,
     drop_idle: o.DropIdle = False,
     exact_rope: o.ExactRope = None,
@@ -86,15 +88,17 @@ def gen(
     old = a.repeated_settings(from_png, model, speed) if from_png else {}
     new = a.given(seed=seed, steps=steps, guidance=guidance, cfg_schedule=cfg_schedule, temperature=temperature)
     new |= a.shortcuts(speed, head_steps, order, cfg_interval, cfg_cache, solver, block_cache)
-    asked = old | new | a.given(negative=negative, model=model, dtype=dtype, quant=quant, exact_rope=exact_rope)
+    new |= a.given(negative=negative, model=model, dtype=dtype, quant=quant, exact_rope=exact_rope, attention=attn)
+    asked = old | new
     prompts = a.read_prompts(prompt, prompt_file, instead=old.get("prompt"))
     shape = a.wanted_size(res, size) or old.get("size")
     sampling = a.sampling(asked, n=n, batch_size=batch_size, preview_every=preview_every)
     GenerateRequest(tuple(prompts), shape or (PATCH, PATCH), sampling)  # refuses before a model is loaded
     _hint(terminal, asked.get("model"), prompts)
+    _say_drawn(terminal, asked.get("seed"), sampling.seed, lost=no_metadata)
     pictures = Order("generate", tuple(prompts), sampling, a.given(size=shape and f"{shape[0]}x{shape[1]}"))
     saving = {"target": output, "overwrite": overwrite, "metadata": not no_metadata}
-    loading = a.loading(asked, device=device, attention=attn, revision=revision, offline=offline)
+    loading = a.loading(asked, device=device, revision=revision, offline=offline)
     loading |= {"vram": vram, "drop_idle": drop_idle, "largest": a.largest("gen", len(prompts), sampling, shape)}
     make_pictures(terminal, pictures, saving, loading, size=shape)
 
@@ -131,7 +135,7 @@ def edit(
     device: o.Device = "auto",
     dtype: o.Dtype = None,
     quant: o.Quant = None,
-    attn: o.Attn = "auto",
+    attn: o.Attn = None,
     vram: o.Vram = None,
     drop_idle: o.DropIdle = False,
     exact_rope: o.ExactRope = None,
@@ -150,7 +154,8 @@ def edit(
     terminal = terminal_of(ctx, as_json, quiet)
     asked = a.given(seed=seed, steps=steps, guidance=guidance, cfg_schedule=cfg_schedule, temperature=temperature)
     asked |= a.shortcuts(speed, head_steps, order, cfg_interval, cfg_cache, solver, block_cache)
-    asked |= a.given(negative=negative, model=model, dtype=dtype, quant=quant, exact_rope=exact_rope)
+    asked |= a.given(negative=negative, model=model, dtype=dtype, quant=quant, exact_rope=exact_rope, attention=attn)
+    a.check_stdin(image, prompt, prompt_file, *(ref or ()))
     picture, prompts = a.read_picture(image), a.read_prompts(prompt, prompt_file)
     where = a.given(
         mask=None if mask is None else open_mask(mask, picture.size),
@@ -164,10 +169,12 @@ def edit(
     request = EditRequest(picture, tuple(prompts), sampling, PATCH if res is None else res, **where)  # refuses early
     check_res(res, fit, request.masked)
     _hint(terminal, model, prompts)
+    _say_drawn(terminal, seed, sampling.seed, lost=no_metadata)
     kind = "inpaint" if request.masked else "edit"
-    pictures = Order(kind, tuple(prompts), sampling, a.given(fit=fit, posterior=posterior))
+    known = a.given(fit=fit, posterior=posterior, masked="mask" in where or None, references=ref and len(ref))
+    pictures = Order(kind, tuple(prompts), sampling, known)
     saving = {"target": output, "overwrite": overwrite, "metadata": not no_metadata}
-    loading = a.loading(asked, device=device, attention=attn, revision=revision, offline=offline)
+    loading = a.loading(asked, device=device, revision=revision, offline=offline)
     made = where.get("size") or a.edited_size(picture.size, res, fit, where.get("outpaint"), "mask" in where)
     largest = a.largest("edit", len(prompts), sampling, made, 1 + len(request.references))
     loading |= {"vram": vram, "drop_idle": drop_idle, "largest": largest}
@@ -188,7 +195,7 @@ def ask(
     device: o.Device = "auto",
     dtype: o.Dtype = None,
     quant: o.Quant = None,
-    attn: o.Attn = "auto",
+    attn: o.Attn = None,
     vram: o.Vram = None,
     drop_idle: o.DropIdle = False,
     exact_rope: o.ExactRope = None,
@@ -199,27 +206,22 @@ def ask(
 ) -> None:
     """Answer questions about a picture; a single answer is printed word by word as it comes."""
     terminal = terminal_of(ctx, as_json, quiet)
+    a.check_stdin(image, *question)
     picture, questions = a.read_picture(image), a.read_prompts(question)
-    how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    drawn = a.sampling(a.given(seed=seed)).seed
+    how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": drawn}
     for text in questions:
-        AskRequest(text, PATCH if res is None else res, **how, seed=seed or 0)  # refuses before a model is loaded
+        AskRequest(text, PATCH if res is None else res, **how)  # refuses before a model is loaded
     _hint(terminal, model, questions)
-    asked = a.given(model=model, dtype=dtype, quant=quant, exact_rope=exact_rope)
-    loading = a.loading(asked, device=device, attention=attn, revision=revision, offline=offline)
+    _say_drawn(terminal, seed, drawn, lost=temperature > 0)
+    asked = a.given(model=model, dtype=dtype, quant=quant, exact_rope=exact_rope, attention=attn)
+    loading = a.loading(asked, device=device, revision=revision, offline=offline)
     loading |= {"vram": vram, "drop_idle": drop_idle, "largest": a.largest("ask", size=res and (res, res))}
     with open_engine(terminal, loading) as engine:
         if len(questions) == 1 and not as_json:
-            terminal.stream(engine.ask(picture, questions[0], res=res, seed=seed, stream=True, **how))
+            terminal.stream(engine.ask(picture, questions[0], res=res, stream=True, **how))
             return
-        answers = engine.ask(picture, questions, res=res, seed=seed, **how)
-    rows = [
-        {"question": text, "text": answer.text, "settings": answer.settings}
-        for text, answer in zip(questions, answers, strict=True)
-    ]
-    terminal.data |= {"answers": rows, "timings": answers[-1].timings, "peak_bytes": answers[-1].peak_bytes}
-    terminal.data["attention"] = answers[-1].attention
-    for row in rows:
-        terminal.line(row["text"])
+        engine.ask(picture, questions, res=res, on_answer=partial(_tell, terminal), **how)
 
 
 app.command()(plan)
@@ -265,3 +267,19 @@ def _hint(terminal: Terminal, model: str | None, texts: Sequence[str]) -> None:
 
         if said := hint(texts):
             terminal.say(said)
+
+
+def _tell(terminal: Terminal, answer: Answer) -> None:
+    """One of several answers; their seconds are added up."""
+    row = {"question": answer.settings["question"], "text": answer.text, "settings": answer.settings}
+    before = terminal.data.get("timings", {"answer": 0.0})
+    timings = answer.timings | {"answer": before["answer"] + answer.timings["answer"]}
+    terminal.data |= {"answers": [*terminal.data.get("answers", ()), row], "timings": timings}
+    terminal.data |= {"peak_bytes": answer.peak_bytes, "attention": answer.attention}
+    terminal.line(answer.text)
+
+
+def _say_drawn(terminal: Terminal, given: int | None, seed: int, lost: bool) -> None:
+    """A drawn seed where neither a picture nor --json tells it."""
+    if given is None and lost and not terminal.json:
+        terminal.say(f"seed {seed}")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_TEXT = 16 * 2**20  # bytes of a prompt file
+INT8 = "int8-qk"  # changes the arithmetic; of the other backends a machine may lack the package, and auto finds one
 REPEATED = (
     "prompt",
     "seed",
@@ -31,6 +32,12 @@ REPEATED = (
 def given(**options: Any) -> dict[str, Any]:
     """The options that were set."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def check_stdin(*sources: str | None) -> None:
+    """Raises UsageError where several arguments are to be read from stdin."""
+    if sources.count("-") > 1:
+        raise UsageError("- given twice, but stdin holds one thing", "name a file, or write the text in its place")
 
 
 def read_prompts(words: str | Sequence[str] | None, file: str | None = None, instead: str | None = None) -> list[str]:
@@ -61,9 +68,10 @@ def read_picture(source: str) -> "Image":
 
     if source != "-":
         return open_image(source)
-    if sys.stdin.isatty():
+    stdin = _stdin()
+    if stdin.isatty():
         raise UsageError("stdin is a terminal, not a picture", "pipe a file into it, or name the file")
-    return open_image(sys.stdin.buffer.read(MAX_FILE_BYTES + 1))
+    return open_image(stdin.read(MAX_FILE_BYTES + 1))
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -90,7 +98,7 @@ def parse_outpaint(text: str) -> tuple[int, int, int, int]:
 
 
 def repeated_settings(png: str, model: str | None, speed: str | None) -> dict[str, Any]:
-    """What `gen --from` takes over from a picture: REPEATED, and `size` as (width, height).
+    """What `gen --from` takes over from a picture: REPEATED, INT8 attention, and `size` as (width, height).
 
     Beside another speed than the picture's, or another model than it was made with at a speed, SPED is decided anew.
 
@@ -116,6 +124,8 @@ def repeated_settings(png: str, model: str | None, speed: str | None) -> dict[st
     made_by = settings.get("model", "unipic")
     if not (model or made_by in short_names() or folder_named(made_by) or cached(made_by)):
         raise UsageError(f"{png} was made with the model {made_by[:200]!r}, which is not here", "give --model")
+    if found.get("attention") == INT8:
+        settings["attention"] = INT8
     if "size" in found:
         settings["size"] = parse_size(str(found["size"]))
     return settings
@@ -181,14 +191,15 @@ def edited_size(
 
 def loading(asked: dict[str, Any], **more: Any) -> dict[str, Any]:
     """The keywords of Engine.from_pretrained."""
-    return {name: asked[name] for name in ("model", "dtype", "quant", "exact_rope") if name in asked} | more
+    names = ("model", "dtype", "quant", "exact_rope", "attention")
+    return {name: asked[name] for name in names if name in asked} | more
 
 
 def _text(source: str) -> str:
     """UTF-8 text of a file or stdin."""
     try:
         if source == "-":
-            data = _bytes(sys.stdin.buffer)
+            data = _bytes(_stdin())
         else:
             with Path(source).open("rb") as file:
                 data = _bytes(file)
@@ -199,6 +210,12 @@ def _text(source: str) -> str:
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"{source} cannot be read ({error})", "check its path and permissions") from None
+
+
+def _stdin() -> BinaryIO:
+    if sys.stdin is None:  # closed by whoever started us
+        raise UsageError("stdin is closed", "pipe something into it, or name a file")
+    return sys.stdin.buffer
 
 
 def _bytes(file: BinaryIO) -> bytes:

@@ -8,6 +8,7 @@ import typer
 
 from . import arguments as a
 from . import options as o
+from .errors import UsageError
 from .gpus import GIB
 from .terminal import gigabytes, terminal_of
 
@@ -25,7 +26,7 @@ def plan(
     cfg_cache: o.Cache = None,
     block_cache: o.PlanBlockCache = None,
     n: o.N = 1,
-    model: o.Model = None,
+    model: o.PlanModel = None,
     dtype: o.Dtype = None,
     quant: o.PlanQuant = None,
     attn: o.PlanAttn = "sdpa",
@@ -36,13 +37,16 @@ def plan(
     ] = None,
     overwrite: o.Overwrite = False,
     as_json: o.Json = False,
+    quiet: o.Quiet = False,
 ) -> None:
     """Predict memory and time of a request on a card; needs neither the card nor any weights."""
     from .estimate import ask_for, told
     from .plot import save_plot
     from .png_metadata import check_output
 
-    terminal = terminal_of(ctx, as_json)
+    terminal = terminal_of(ctx, as_json, quiet)
+    if task == "ask" and (steps is not None or n != 1):
+        raise UsageError("a question is not sampled", "leave --steps and -n out, or plan gen or edit")
     if plot:
         check_output(plot, overwrite=overwrite)
     how = {
@@ -91,8 +95,8 @@ def pull(
 
 def convert(
     ctx: typer.Context,
-    src: Annotated[Path, typer.Argument(help="Folder of a released checkpoint.", show_default=False)],
-    dst: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a released checkpoint.", show_default=False)],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.", show_default=False)],
     quant: Annotated[str, typer.Option("--quant", metavar="NAME", help="none, or int8: half the size.")] = "none",
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -136,7 +140,9 @@ def list_models(ctx: typer.Context, as_json: o.Json = False) -> None:
 
 def info(
     ctx: typer.Context,
-    path: Annotated[str, typer.Argument(help="A PNG, a checkpoint folder or a model's name.", show_default=False)],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A PNG, a checkpoint folder or a model's name.", show_default=False)
+    ],
     as_json: o.Json = False,
 ) -> None:
     """Show the settings a picture was made with, or what a checkpoint holds."""

@@ -33,7 +33,7 @@ def examine(facts: Facts) -> list[Check]:
 def check_python(facts: Facts) -> Check:
     what = f"{'.'.join(map(str, facts.python))} on {facts.system} {facts.machine}"
     if facts.python < (3, 11):
-        return Check("python", "fail", f"{what} is too old", "use Python 3.11 to 3.13")
+        return Check("python", "fail", f"{what} is too old", "use Python 3.11 or later")
     return Check("python", "ok", what)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..quant.recipe import Recipe
-from .checkpoint.cache import PACKAGED, again, cached
+from .checkpoint.cache import MANIFEST, PACKAGED, again, cached, folder_named
 from .checkpoint.config_file import read_config_file
 from .errors import CorruptWeightsError, UsageError
 
@@ -157,16 +157,25 @@ def read(folder: Path) -> tuple[Family, Any]:
 
 
 def architecture(model: str) -> tuple[Family, Any]:
-    """The family and configuration of a short name or a folder in our format; of a short name the weights may be
-    missing. Raises UsageError, CorruptWeightsError, ModelMissingError.
+    """The family and configuration of what `hub.resolve` takes, in its order; but of the released weights only the
+    names are needed. Raises UsageError, CorruptWeightsError, ModelMissingError.
     """
-    if folder := cached(model):
+    folder = None if model in FAMILIES else PACKAGED.get(model) or folder_named(model) or cached(model)
+    if folder:
+        return _of_folder(folder)
+    family = next((row for row in FAMILIES.values() if model in (row.name, row.hub)), None)
+    if family is None:
+        raise UsageError(f"nothing is known of a model {model!r:.80}", f"name a folder or {', '.join(short_names())}")
+    return family, import_module(f".models.{family.package}.config", __package__).RELEASED
+
+
+def _of_folder(folder: Path) -> tuple[Family, Any]:
+    """In our format, or else in a released one, whose weights are not read."""
+    family = None if (folder / MANIFEST).is_file() else of_released(folder)
+    if family is None:
         return read(folder)
-    if model in FAMILIES:
-        return FAMILIES[model], import_module(f".models.{FAMILIES[model].package}.config", __package__).RELEASED
-    if Path(model).is_dir():
-        return read(Path(model))
-    raise UsageError(f"nothing is known of a model {model!r:.80}", f"name a folder or {', '.join(short_names())}")
+    with released(family.name).Released(folder) as found:
+        return family, found.config
 
 
 def recipe(name: str, scheme: str) -> Recipe:

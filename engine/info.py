@@ -108,17 +108,19 @@ def _described(
 
 
 def _stored(folder: Path) -> tuple[list[int], list[str]]:
-    """Elements and type of every tensor in our safetensors, from the headers."""
+    """Elements of every tensor but those that int8 has added, and type of every one, from the headers of our files."""
     from safetensors import SafetensorError, safe_open
 
-    sizes, types = [], []
+    sizes, types = {}, {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     tensor = file.get_slice(name)
-                    sizes.append(math.prod(tensor.get_shape()))
-                    types.append(tensor.get_dtype())
+                    sizes[name], types[name] = math.prod(tensor.get_shape()), tensor.get_dtype()
         except (SafetensorError, OSError) as error:
             raise CorruptWeightsError(f"{path} is damaged ({error})", "convert or pull the model again") from None
-    return sizes, types
+    whole = [name.removesuffix("weight") for name, kind in types.items() if kind == "I8"]
+    added = {f"{name}scale" for name in whole}  # of quant/int8.py, and the mix of quant/rotate.py
+    added |= {name for name in sizes if whole and name.endswith(".mix")}
+    return [size for name, size in sizes.items() if name not in added], [*types.values()]

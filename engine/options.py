@@ -37,7 +37,7 @@ Ref = _option(
 EditSize = _option(str | None, "--size", metavar="WxH", help="Of the result, with models that can choose it.")
 Question = Annotated[
     list[str],
-    typer.Argument(metavar="QUESTION...", help="One or more; - reads one a line from stdin.", show_default=False),
+    typer.Argument(metavar="QUESTION", help="One or more; - reads one a line from stdin.", show_default=False),
 ]
 Name = Annotated[str, typer.Argument(metavar="MODEL", help="Short name, folder or hub id.", show_default=False)]
 Res = _option(
@@ -62,7 +62,10 @@ Interval = _option(
     str | None, "--cfg-interval", metavar="A:B", help="Shares of the run between which guidance is on: 0:0.6."
 )
 BlockCache = _option(
-    float | None, "--block-cache", metavar="X", help="DeepGen: reuse later blocks where the first moved less: 0.1."
+    float | None,
+    "--block-cache",
+    metavar="X",
+    help="Not UniPic 1.0: reuse later blocks where the first moved less: 0.1.",
 )
 PlanBlockCache = _option(
     float | None, "--block-cache", metavar="X", help="Planned as if nothing were reused; 1: as if all that may be."
@@ -80,12 +83,15 @@ Batch = _option(
 )
 
 Model = _in(str | None, "--model", "-m", metavar="NAME", help="Short name, folder or hub id; unipic by default.")
+PlanModel = _in(
+    str | None, "--model", "-m", metavar="NAME", help="Short name or its hub id, or a folder; unipic by default."
+)
 Device = _in(str, "--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")
 Dtype = _in(str | None, "--dtype", metavar="NAME", help="auto, bf16, fp16 or fp32.")
 Quant = _in(
     str | None, "--quant", metavar="NAME", help="none, int8, bnb8, nf4, or auto: what fits; else as stored on disk."
 )
-Attn = _in(str, "--attn", metavar="NAME", help="auto, sdpa, int8-qk, flash-attn or xformers.")
+Attn = _in(str | None, "--attn", metavar="NAME", help="auto (unless given), sdpa, int8-qk, flash-attn or xformers.")
 Vram = _in(
     str | None, "--vram", metavar="GIB", help="What of the GPU may be used; auto: what is free now. Else all of it."
 )

@@ -5,14 +5,16 @@ unless that was allowed, and no finished picture is lost to a name that was take
 """
 
 import os
+import string
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from .errors import OutputError, UsageError
+from .errors import OutputError, UnipicWarning, UsageError
 from .naming import DEFAULT_TEMPLATE, expand_template, free_path, is_template
 from .png_metadata import check_output, save_png
 
@@ -31,21 +33,31 @@ class Outputs:
         self.fixed: list[Path] = []
         self.places: dict[int, Path] = {}
 
-    def check(self, settings: Sequence[dict[str, Any]], previews: bool = False) -> None:
-        """Refuse before the work what could not be saved after it. `settings`: what is known of each picture."""
+    def check(self, settings: Sequence[dict[str, Any]], previews: bool = False, unknown: Collection[str] = ()) -> None:
+        """Refuse before the work what could not be saved after it. `settings`: what is known of each picture.
+
+        `unknown`: those of them that are placeholders so far.
+        """
         count = len(settings)
         if self.stream:
             _check_stream(count, previews)
         elif is_template(self.target):
-            names = [expand_template(self.target, known, index) for index, known in enumerate(settings, 1)]
-            for path in set(names):
-                check_output(path, overwrite=True)
+            self.check_names(settings, unknown)
         else:
             path = Path(self.target)
             check_output(path, overwrite=self.overwrite or count > 1)
             self.fixed = [path] if count == 1 else [_numbered(path, number, count) for number in range(1, count + 1)]
             for path in self.fixed:
                 check_output(path, overwrite=self.overwrite)
+
+    def check_names(self, settings: Sequence[dict[str, Any]], unknown: Collection[str] = ()) -> None:
+        """Those of a template, if the target is one; folders that an unknown setting names are not looked for."""
+        if self.stream or not is_template(self.target):
+            return
+        names = [expand_template(self.target, known, index) for index, known in enumerate(settings, 1)]
+        if not _fields(Path(self.target).parent) & {*unknown}:
+            for path in set(names):
+                check_output(path, overwrite=True)
 
     def save(self, index: int, image: Image.Image, settings: dict[str, Any]) -> Path | None:
         """Write picture `index`; None if it went to stdout."""
@@ -65,11 +77,20 @@ class Outputs:
         """The path of picture `index`, settled when first asked for."""
         if index not in self.places:
             taken = frozenset(self.places.values())
-            path = self.fixed[index] if self.fixed else expand_template(self.target, settings, index + 1)
+            path = self.fixed[index] if self.fixed else self._named(index, settings)
             if path in taken or not (self.fixed or self.overwrite):
                 path = free_path(path, taken)
             self.places[index] = path
         return self.places[index]
+
+    def _named(self, index: int, settings: dict[str, Any]) -> Path:
+        """By the template; here, rather than lost, where its folder is not there."""
+        path = expand_template(self.target, settings, index + 1)
+        if path.parent.is_dir():
+            return path
+        note = f"the folder {str(path.parent)!r} does not exist: pictures that belong there are saved here"
+        warnings.warn(note, UnipicWarning, stacklevel=4)
+        return Path(path.name)
 
 
 def _check_stream(count: int, previews: bool) -> None:
@@ -79,6 +100,10 @@ def _check_stream(count: int, previews: bool) -> None:
         raise UsageError("previews have no place beside stdout", "give -o a path")
     if sys.stdout.isatty():
         raise OutputError("stdout is a terminal, which cannot show a PNG", "redirect it, or give -o a path")
+
+
+def _fields(template: Path) -> set[str]:
+    return {name for _, name, *_ in string.Formatter().parse(str(template)) if name}
 
 
 def _is_folder(target: str) -> bool:

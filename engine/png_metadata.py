@@ -176,4 +176,6 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _exists(path: Path) -> OutputError:
-    return OutputError(f"{str(path)!r} exists already", "choose another name, or overwrite")
+    return OutputError(
+        f"{str(path)!r} exists already", "choose another name, or add --overwrite (save_png keyword overwrite)"
+    )

@@ -8,9 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from .errors import UsageError
+from .errors import OutputError, UsageError
 from .outcome import Event
-from .sampling import MAX_SEED, SAMPLED, Sampling
+from .sampling import MAX_SEED, SAMPLED, SHORTCUTS, Sampling
 from .terminal import Terminal
 
 if TYPE_CHECKING:
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
     from .engine import Engine
     from .outputs import Outputs
+
+
+# Settings that only the loaded model has, some not every model; in front of it these of the right type stand for them.
+LATER: dict[str, Any] = {"size": "0x0", "steps": 0, "guidance": 0.0, "cfg_cache": 0.0}
+LATER |= dict.fromkeys(("model", "dtype", "quant", "exact_rope", "device", "attention", "order", "solver"), "")
 
 
 @dataclass(frozen=True)
@@ -29,16 +34,25 @@ class Order:
     sampling: Sampling
     known: dict[str, Any] = field(default_factory=dict)
 
-    def expected_settings(self, model: str) -> list[dict[str, Any]]:
-        """Of every picture, in the engine's order, as far as they are known before the model: enough to check names.
-
-        What only the model knows stands there as a placeholder of the right type.
-        """
+    @property
+    def said(self) -> dict[str, Any]:
+        """Settings of every picture that the command itself gives."""
         sampling = {name: getattr(self.sampling, name) for name in ("speed", *SAMPLED)}
-        later = {"size": "0x0", "steps": 0, "guidance": 0.0, "cfg_interval": (0.0, 1.0)}
-        later |= dict.fromkeys(("dtype", "device", "attention", "order", "cfg_cache", "solver"), "")
-        said = {name: value for name, value in (sampling | self.known).items() if value is not None}
-        shared = {"version": __version__, "task": self.task, "model": model, **later, **said}
+        return {name: value for name, value in (sampling | self.known).items() if value is not None}
+
+    def settled(self, engine: "Engine") -> dict[str, Any]:
+        """What they have in place of LATER; the size of an edit is told by the finished picture alone."""
+        from .prepare import settled
+        from .task import Task
+
+        side = engine.config.resolution
+        size = f"{side}x{side}" if self.task == "generate" else None
+        sampled = {name: getattr(Task, name) for name in SHORTCUTS} | settled(self.sampling, engine.defaults)
+        return engine._settings(self.task, size=size, **sampled)
+
+    def expected_settings(self, later: dict[str, Any] = LATER) -> list[dict[str, Any]]:
+        """Of every picture, in the engine's order: enough to check names."""
+        shared = {"version": __version__, "task": self.task, "size": LATER["size"], **later, **self.said}
         copies = [(self.sampling.seed + copy) & MAX_SEED for copy in range(self.sampling.n)]
         return [shared | {"prompt": prompt, "seed": seed} for prompt in self.prompts for seed in copies]
 
@@ -63,13 +77,18 @@ def make_pictures(
     outputs = Outputs(**saving)
     if outputs.stream and terminal.json:
         raise UsageError("a picture and JSON do not fit one stdout", "give -o a path, or leave --json out")
-    outputs.check(order.expected_settings(loading.get("model", "unipic")), previews=order.sampling.preview_every > 0)
+    unknown = LATER.keys() - order.said.keys()
+    outputs.check(order.expected_settings(), previews=order.sampling.preview_every > 0, unknown=unknown)
     with open_engine(terminal, loading) as engine:
+        settled = order.settled(engine)
+        outputs.check_names(order.expected_settings(settled), unknown & ({"size"} - settled.keys()))
         verb = engine.generate if order.task == "generate" else engine.edit
         terminal.data.update(images=[], attention=engine.attention)
         saver = _Saver(outputs, terminal)
         result = verb(prompt=order.prompts, on_event=saver, **asdict(order.sampling), **arguments)
         terminal.data.update(timings=result.timings, peak_bytes=result.peak_bytes)
+    if saver.unsaid:
+        raise saver.unsaid
 
 
 class _Saver:
@@ -77,6 +96,7 @@ class _Saver:
 
     def __init__(self, outputs: "Outputs", terminal: Terminal) -> None:
         self.outputs, self.terminal = outputs, terminal
+        self.unsaid: OutputError | None = None  # why the path of a saved picture could not be printed
 
     def __call__(self, event: Event) -> None:
         if event.stage == "sample":
@@ -97,7 +117,10 @@ class _Saver:
         row = {"path": path and str(path), "seed": settings["seed"], "settings": settings}
         self.terminal.data["images"].append(row)
         if path:
-            self.terminal.line(str(path))
+            try:
+                self.terminal.line(str(path))
+            except OutputError as error:
+                self.unsaid = error
 
     def show(self, event: Event) -> None:
         text = f"image {event.done + 1} of {event.total}, round {event.round} of {event.rounds}"

@@ -1,6 +1,7 @@
 """What a run of the command shows: data on stdout, progress and remarks on stderr, and how it ended as an exit code.
 
-With `json` all data waits for one object at the end, which also comes when the run failed or was cancelled.
+With `json` all data waits for one object at the end, which also comes when the run failed or was cancelled. Nobody has
+to hear a remark: where stderr cannot be written, the work goes on.
 """
 
 import json
@@ -11,16 +12,19 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
-from .errors import UnipicError, UnipicWarning
+from .errors import OutputError, UnipicError, UnipicWarning
 
 BROKEN_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
 MAX_LINE = 2000  # characters of a message; a prompt inside it may be 100 kB long
 
 
 class Terminal:
-    """One run of the command. A context manager: it takes over warnings and clears its progress bar at the end."""
+    """One run of the command. A context manager: it takes over warnings, and at the end clears its progress bar and
+    lets go what could not be written.
+    """
 
     def __init__(self, json: bool = False, debug: bool = False) -> None:
         self.json, self.debug, self.quiet = json, debug, False
@@ -29,6 +33,7 @@ class Terminal:
         self._noted: set[str] = set()
 
     def __enter__(self) -> "Terminal":
+        sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()
         for stream in (sys.stdout, sys.stderr):
             with suppress(AttributeError, ValueError):  # a test's stream, or a closed one
                 # A file name may hold bytes that are no text; a console may lack characters that a prompt holds.
@@ -46,17 +51,18 @@ class Terminal:
     def __exit__(self, *exc: object) -> None:
         self.clear()
         self._warnings.__exit__(None, None, None)
+        for stream in (sys.stdout, sys.stderr):
+            _let_go(stream)
 
     def line(self, text: str) -> None:
         """A line of data, at once; nothing with `json`."""
         self.piece(text + "\n")
 
     def piece(self, text: str) -> None:
-        """A part of a line, as it comes."""
+        """A part of a line, as it comes. Raises OutputError, and BrokenPipeError when its reader has gone."""
         if not self.json:
             self.clear()
-            sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
-            sys.stdout.flush()
+            self._put(printable(text) if sys.stdout.isatty() else text)
 
     def stream(self, pieces: Iterator[str]) -> None:
         """One line of data in pieces; ended also when the work is not."""
@@ -103,16 +109,15 @@ class Terminal:
         """Do the work and tell how it ended; returns the exit code."""
         try:
             code = work()
-            if self.json and self.data:
-                self._object()
+            self._put(self._object() if self.json and self.data else "")  # help was written, but not all of it at once
             return code
         except KeyboardInterrupt:
             return self._failed("cancelled", "cancelled", "", 130)
         except BrokenPipeError:
-            return self._unheard()
+            return BROKEN_PIPE
         except UnipicError as error:
             if isinstance(error.__cause__, BrokenPipeError):
-                return self._unheard()
+                return BROKEN_PIPE
             return self._failed(error.code, error.what, error.remedy, error.exit_code)
         except Exception as error:
             what, remedy = f"{type(error).__name__}: {error}", "run with --debug for the traceback"
@@ -121,32 +126,34 @@ class Terminal:
     def _failed(self, code: str, what: str, remedy: str, exit_code: int) -> int:
         """One line on stderr, and with `json` an object; what was finished before stays in it."""
         self.data["error"] = {"code": code, "message": what, "remedy": remedy}
-        with suppress(BrokenPipeError):
-            if self.debug:
+        if self.debug:
+            with suppress(OSError):
                 traceback.print_exc()
-            self._remark(f"error: {what}" + (f": {remedy}" if remedy else ""))
-        try:
-            if self.json:
-                self._object()
-        except BrokenPipeError:
-            self._unheard()
+        self._remark(f"error: {what}" + (f": {remedy}" if remedy else ""))
+        if self.json:
+            with suppress(OSError):
+                self._put(self._object())
         return exit_code
 
-    def _object(self) -> None:
-        print(json.dumps(self.data, default=str), flush=True)
+    def _object(self) -> str:
+        return json.dumps(self.data, default=str) + "\n"
+
+    def _put(self, text: str) -> None:
+        """All of stdout up to here, at once."""
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            what = f"stdout cannot be written ({error.strerror or error})"
+            raise OutputError(what, "make room, or send it elsewhere") from error
 
     def _remark(self, text: str) -> None:
         self.clear()
         short = text if len(text) <= MAX_LINE else f"{text[: MAX_LINE // 2]} ... {text[-MAX_LINE // 2 :]}"
-        print(printable(" ".join(short.splitlines())), file=sys.stderr, flush=True)
-
-    def _unheard(self) -> int:
-        """The reader of stdout has gone: end quietly, also when Python flushes stdout at exit."""
-        with suppress(OSError, ValueError):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, sys.stdout.fileno())
-            os.close(null)
-        return BROKEN_PIPE
+        with suppress(OSError):
+            print(printable(" ".join(short.splitlines())), file=sys.stderr, flush=True)
 
 
 class Bar:
@@ -182,6 +189,22 @@ class Bar:
         if self.shown:
             self.progress.stop()
             self.shown = False
+
+
+def _nowhere() -> TextIO:
+    """In place of a stream that whoever started us has closed."""
+    return Path(os.devnull).open("w", encoding="utf-8")
+
+
+def _let_go(stream: TextIO) -> None:
+    """Rather than let Python fail at exit on what could not be written."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
 
 
 def printable(text: str) -> str:

@@ -22,6 +22,7 @@ from unipic_run.engine.arguments import parse_outpaint, parse_size
 from unipic_run.engine.errors import OutputError, UsageError
 from unipic_run.engine.outputs import Outputs
 from unipic_run.engine.png_metadata import read_settings, save_png
+from unipic_run.engine.reading import Reader
 from unipic_run.engine.request import as_largest
 from unipic_run.engine.sampling import Sampling
 from unipic_run.engine.saving import Order
@@ -109,6 +110,19 @@ def test_from_repeats_a_picture_and_options_on_the_line_win(run, model):
     assert read_settings("c.png") == {**read_settings("a.png"), **changed}
 
 
+def test_from_repeats_attention_where_it_changes_the_picture(run, model):
+    made = ("gen", "x", "-m", model, *QUICK, "--quant", "int8", "--attn", "int8-qk", "-o", "a.png")
+    assert run(*made)[0] == 0
+    assert run("gen", "--from", "a.png", "-m", model, "-o", "b.png")[0] == 0
+    assert np.array_equal(pixels("a.png"), pixels("b.png")) and read_settings("a.png") == read_settings("b.png")
+    assert run("gen", "--from", "a.png", "-m", model, "--attn", "auto", "-o", "c.png")[0] == 0
+    assert read_settings("c.png") == read_settings("a.png") | {"attention": "sdpa"}
+    other = read_settings("a.png") | {"attention": "xformers"}  # which is not here, and need not be
+    save_png(Image.new("RGB", (16, 16)), "other.png", other)
+    assert run("gen", "--from", "other.png", "-m", model, "-o", "d.png")[0] == 0
+    assert read_settings("d.png") == read_settings("c.png")
+
+
 def test_a_speed_decides_what_is_not_said_and_is_repeated(run, model):
     def made(*options: str) -> dict[str, Any]:
         code, out, err = run("gen", "x", "-m", model, "--res", "128", "--seed", "7", *options)
@@ -183,8 +197,16 @@ def test_auto_says_what_it_chose_and_pictures_do_not_say_auto(run, model):
 def test_plan_promises_what_it_can_plan(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     code, told, _ = run("plan", "--help")
-    assert code == 0 and "--quant" in told and "int8-qk" in told
+    assert code == 0 and "--quant" in told and "int8-qk" in told and "--quiet" in told
     assert not any(word in told for word in ("nf4", "bnb8", "flash-attn", "xformers", "as stored"))
+
+
+def test_arguments_are_in_capitals_and_repeat_once(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    told = {command: run(command, "--help")[1] for command in ("ask", "convert", "info", "gen")}
+    assert "QUESTION" in told["ask"] and "......" not in told["ask"] and "QUESTION...}" not in told["ask"]
+    assert "SRC" in told["convert"] and "DST" in told["convert"] and "PATH" in told["info"]
+    assert "DeepGen:" not in told["gen"], "UniPic-2 reuses blocks, too"
 
 
 def test_names_that_list_shows_are_names(run, tiny_release):
@@ -259,6 +281,63 @@ def test_ask_streams_one_answer_and_lists_several(run, model, photo):
     found = json.loads(several)
     assert code == 0 and [row["question"] for row in found["answers"]] == ["what is it?", "and this?"]
     assert found["answers"][0]["text"].startswith(out.rstrip("\n")) and found["attention"] == "sdpa"
+
+
+def test_answers_are_told_when_they_are_there(run, model, photo, monkeypatch):
+    whole = Reader.answer
+
+    def answer(reader, request, cancel):
+        if request.question == "and this?":
+            raise KeyboardInterrupt
+        return whole(reader, request, cancel)
+
+    monkeypatch.setattr(Reader, "answer", answer)
+    words = ("ask", photo, "what is it?", "and this?", "-m", model, "--max-new-tokens", "8")
+    code, out, _ = run(*words)
+    assert code == 130 and out.strip()
+    found = json.loads(run(*words, "--json")[1])
+    assert [row["text"] + "\n" for row in found["answers"]] == [out] and found["error"]["code"] == "cancelled"
+    assert found["timings"]["answer"] > 0
+
+
+def test_the_seconds_of_several_answers_are_added_up(run, model, photo, monkeypatch):
+    seconds = iter(({"look": 1.0, "answer": 2.0}, {"look": 1.0, "answer": 4.0}))
+    monkeypatch.setattr("unipic_run.engine.run.Clock.seconds", property(lambda clock: next(seconds)))
+    code, out, _ = run("ask", photo, "what?", "and this?", "-m", model, "--max-new-tokens", "1", "--json")
+    assert code == 0 and json.loads(out)["timings"] == {"look": 1.0, "answer": 6.0}
+
+
+def test_a_drawn_seed_is_said_where_nothing_else_tells_it(run, model, photo):
+    question = ("ask", photo, "what is it?", "-m", model, "--max-new-tokens", "8", "--temperature", "1")
+    code, out, err = run(*question)
+    seed = re.fullmatch(r"seed (\d+)\n", err)
+    assert code == 0 and run(*question, "--seed", seed[1]) == (0, out, "")
+    assert run(*question[:-2])[2] == "" and run(*question, "--json")[2] == "", "no seed counts; JSON has it"
+    quick = ("gen", "x", "-m", model, "--steps", "2", "--res", "128", "--no-metadata")
+    code, _, err = run(*quick, "-o", "a.png")
+    seed = re.fullmatch(r"seed (\d+)\n", err)
+    assert code == 0 and run(*quick, "-o", "b.png", "--seed", seed[1])[2] == ""
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
+    edited = ("edit", photo, "x", "-m", model, "--steps", "2", "--no-metadata", "-o", "e.png")
+    assert re.search(r"^seed \d+$", run(*edited)[2], re.MULTILINE)
+
+
+def test_stdin_is_read_for_one_thing(run, photo):
+    source = Path(photo).read_bytes()
+    for words in (
+        ("edit", "-", "-"),
+        ("edit", "-", "--prompt-file", "-"),
+        ("edit", "-", "x", "--ref", "-"),
+        ("ask", "-", "-"),
+    ):
+        code, _, err = run(*words, stdin=source)
+        assert code == 2 and "- given twice" in err
+
+
+def test_a_closed_stdin_is_refused(monkeypatch, photo, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    for words in (["gen", "-"], ["edit", "-", "x"], ["ask", photo, "-"]):
+        assert main(words) == 2 and "stdin is closed" in capsys.readouterr().err
 
 
 def test_json_is_one_object_also_for_failures(run, model):
@@ -381,22 +460,52 @@ def test_outputs_keep_what_appeared_while_the_work_went_on(tmp_path):
         Outputs("gone/").check([{"prompt": "x", "seed": 1}])
 
 
-def test_expected_settings_are_those_of_the_pictures(run, model, tmp_path):
+def test_expected_settings_are_those_of_the_pictures(tiny_engine):
     """Names are checked before the work with settings that have the same fields, seeds and order as the real ones."""
-    order = Order("generate", ("a", "b"), Sampling(seed=2**64 - 1, n=2))
-    expected = order.expected_settings(model)
+    order = Order("generate", ("a", "b"), Sampling(seed=2**64 - 1, n=2, steps=2), {"size": "128x128"})
+    expected = order.expected_settings(order.settled(tiny_engine))
     assert [(e["prompt"], e["seed"]) for e in expected] == [("a", 2**64 - 1), ("a", 0), ("b", 2**64 - 1), ("b", 0)]
-    code, out, _ = run("gen", "a", "--model", model, *QUICK, "-o", str(tmp_path / "a.png"))
-    real = read_settings(Path(out.strip()))
-    assert code == 0 and set(real) == set(expected[0])
-    in_names = [
-        {name for name, value in one.items() if isinstance(value, str | int | float)} for one in (real, expected[0])
-    ]
-    assert in_names[0] == in_names[1], "what a name may use"
+    real = tiny_engine.generate("a", seed=2**64 - 1, steps=2, res=128).settings[0]
+    assert real == expected[0], "once the model is loaded"
+
+    def usable(settings: dict[str, Any]) -> dict[str, bool]:
+        return {
+            name: isinstance(value, str) for name, value in settings.items() if isinstance(value, str | int | float)
+        }
+
+    before = usable(order.expected_settings()[0])
+    assert usable(real).items() <= before.items() and before.keys() - real.keys() == {"quant", "exact_rope"}
+
+
+def test_names_may_use_what_only_the_model_knows(run, model):
+    quick = ("gen", "x", "-m", model, "--res", "128", "--seed", "7")
+    Path("3").mkdir()
+    assert run(*quick, "--speed", "fast", "--steps", "3", "-o", "{steps}/{cfg_cache:.1f}.png")[1] == "3/2.0.png\n"
+    Path("sdpa").mkdir()
+    assert run(*quick, "--steps", "2", "-o", "{attention}/{seed}.png")[1] == "sdpa/7.png\n"
+    assert run(*quick, "--steps", "2", "--quant", "int8", "-o", "{quant}-{seed}.png")[1] == "int8-7.png\n"
+    for name, what in (
+        ("{quant}-{seed}.png", "unknown field 'quant'"),
+        ("{dtype}/{seed}.png", "'fp32' does not exist"),
+    ):
+        code, out, err = run(*quick, "--steps", "9999", "-o", name)
+        assert code == 2 and what in err and not out, "before the pictures are made"
+
+
+def test_a_folder_that_only_the_finished_picture_names_loses_none(run, model, photo):
+    quick = ("edit", photo, "x", "-m", model, *QUICK, "-o", "{size}/{seed}.png")
+    code, out, err = run(*quick)
+    size = re.search(r"the folder '(\d+x\d+)' does not exist", err)[1]
+    assert (code, out) == (0, "7.png\n") and "x".join(map(str, pixels("7.png").shape[1::-1])) == size
+    Path(size).mkdir()
+    assert run(*quick)[1] == f"{size}/7.png\n"
 
 
 def test_pull_list_info_verify_on_what_is_here(run, model, tiny_release):
     assert run("verify", model)[1].startswith(f"ok {model}")
+    assert run("convert", str(tiny_release), "int8", "--quant", "int8")[0] == 0
+    counts = [json.loads(run("info", folder, "--json")[1])["parameters"] for folder in (model, "int8")]
+    assert counts[0] == counts[1], "scales are no parameters"
     for folder, layout in ((model, "converted"), (str(tiny_release), "released")):
         found = json.loads(run("info", folder, "--json")[1])
         assert (found["layout"], found["family"]) == (layout, "unipic") and found["parameters"] > 10**6
@@ -489,6 +598,31 @@ def test_a_name_that_can_be_no_path_is_no_model(run, name):
     for words, code in ((("gen", "x", "-m", name), 4), (("gen", "--from", "hostile.png"), 2), (("verify", name), 4)):
         assert run(*words)[0] == code
     assert run("info", name)[0] == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    ("streams", "code", "told"),
+    [
+        ("2>&-", 0, ""),
+        ("2>/dev/full", 0, ""),
+        (">&-", 0, ""),
+        (">/dev/full", 2, "error: stdout cannot be written (No space left on device): make room"),
+    ],
+)
+def test_pictures_are_saved_whether_or_not_somebody_hears_of_them(model, streams, code, told):
+    words = [command(), "gen", "x", "-m", model, "--steps", "1", "--res", "32", "-n", "2", "-o", "a.png"]
+    done = subprocess.run(["sh", "-c", f'"$@" {streams}', "sh", *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == code and pngs() == ["a-1.png", "a-2.png"]
+    assert told in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") <= 2, "a note, an error"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_what_stdout_cannot_take_is_one_line(tmp_path):
+    for words in (["list", "--json"], ["list"]):
+        done = subprocess.run(["sh", "-c", '"$@" >/dev/full', "sh", command(), *words], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("error: stdout cannot be written")
+        assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGPIPE")

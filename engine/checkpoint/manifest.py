@@ -27,6 +27,7 @@ from .cache import again
 FORMAT = 1
 MAX_BYTES = 16 * 2**20
 OLD = ".old"
+ELSEWHERE = "choose a place that can be written; UNIPIC_RUN_CACHE names that of pulled models"
 Progress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in all)
 
 
@@ -48,9 +49,7 @@ def publishing(
     except OSError as error:
         if isinstance(error, OutputError):
             raise
-        raise OutputError(
-            f"cannot write {dst}: {error.strerror or error}", "choose a place that can be written"
-        ) from error
+        raise OutputError(f"cannot write {dst}: {error.strerror or error}", ELSEWHERE) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -64,9 +63,7 @@ def locked(dst: Path) -> Iterator[None]:
         held = FileLock(lock)
         held.acquire()
     except OSError as error:
-        raise OutputError(
-            f"cannot write into {dst.parent}: {error.strerror or error}", "choose another place"
-        ) from error
+        raise OutputError(f"cannot write into {dst.parent}: {error.strerror or error}", ELSEWHERE) from error
     try:
         for stale in dst.parent.glob(f"{_literal(dst.name)}.partial-*"):
             if stale.suffix == OLD and not dst.exists():
@@ -173,9 +170,7 @@ def write_file(path: Path, text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             partial.unlink()
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}", "choose a place that can be written"
-        ) from error
+        raise OutputError(f"cannot write {path}: {error.strerror or error}", ELSEWHERE) from error
 
 
 def _publish(partial: Path, dst: Path, replace: bool) -> None:

@@ -35,7 +35,8 @@ def card(monkeypatch):
 
 
 def test_compiles_what_requests_need_first(card, monkeypatch, capsys):
-    jobs = [job("b", "a case"), job("a", "unipic-run gen unipic, quant int8"), job("last", "a case"), job("never", "a case")]
+    wanted = job("a", "unipic-run gen unipic, quant int8")
+    jobs = [job("b", "a case"), wanted, job("last", "a case"), job("never", "a case")]
     monkeypatch.setattr(compile_ahead, "collect", lambda *_: jobs)
     assert compile_ahead.main(["--jobs", "1"]) == 0
     assert card == [("a", 90), ("b", 90), ("last", 90)]

@@ -45,7 +45,7 @@ def test_a_healthy_machine_is_ok():
 @pytest.mark.parametrize(
     ("name", "state", "fix", "facts"),
     [
-        ("python", "fail", "3.11", {"python": (3, 10, 9)}),
+        ("python", "fail", "3.11 or later", {"python": (3, 10, 9)}),
         ("torch", "fail", "install", {"torch": None, "torch_error": "OSError: c10.dll", "gpus": ()}),
         ("torch", "warn", "CUDA build", CPU_ONLY),
         ("torch", "warn", "Windows", CPU_ONLY | {"system": "Windows"}),

@@ -98,6 +98,11 @@ def test_quant_auto_plans_what_the_engine_would_take(capsys, monkeypatch):
         estimate("unipic", "gen", **SMALL, quant="auto")
 
 
+@pytest.mark.parametrize("options", [("--steps", "3"), ("-n", "2")])
+def test_the_command_refuses_what_no_question_has(options, capsys):
+    assert main(["plan", "ask", *options]) == 2 and "a question is not sampled" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("task", ["edit", "ask"])
 def test_other_tasks(task):
     found = estimate("unipic", task, res=256, steps=2, gpu="RTX 3060")

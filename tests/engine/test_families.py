@@ -4,12 +4,15 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
 from unipic_run import Engine
 from unipic_run.engine import families
+from unipic_run.engine.checkpoint.convert import convert
 from unipic_run.engine.noise import PhiloxNoise
 from unipic_run.engine.request import FITS, POSTERIORS
 from unipic_run.engine.sampling import SHORTCUTS, SPED, SPEEDS
@@ -39,6 +42,23 @@ def test_families_have_the_verbs(name: str) -> None:
     speeds = module.speeds(families.architecture(name)[1])
     assert [*speeds] == [speed for speed in SPEEDS if speed != "exact"]
     assert {field for chosen in speeds.values() for field in chosen} <= set(SPED)  # which --from decides anew
+
+
+def test_an_architecture_is_found_as_a_model_is(
+    tiny_release: Path, tiny_deepgen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, row in families.FAMILIES.items():
+        assert families.architecture(row.hub) == families.architecture(name)
+    listed = convert(tiny_release, tmp_path / "models" / "mine")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("UNIPIC_RUN_CACHE", str(tmp_path))
+    found = families.architecture(str(tiny_release))
+    assert found == families.architecture(str(listed)) == families.architecture("~/models/mine")
+    assert found == families.architecture("mine") != families.architecture("unipic")
+    for name in ("mine", "pocket"):  # a folder wins over a listed name, a short name over a folder
+        copytree(tiny_deepgen, name)
+    assert families.architecture("mine")[0].name == "deepgen" and families.architecture("pocket")[0].name == "unipic"
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_foreign_and_damaged_settings(data, message):
 def test_nothing_is_overwritten_silently(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"precious")
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match=r"exists already.* --overwrite .*keyword overwrite"):
         save_png(IMAGE, path, SETTINGS)
     assert path.read_bytes() == b"precious"
     assert save_png(IMAGE, path, SETTINGS, renumber=True) == tmp_path / "a-2.png"

@@ -75,6 +75,15 @@ def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["made", "mine"]
 
 
+def test_a_place_that_cannot_be_written_says_which_variable_names_it(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(OutputError, match=r"cannot write into .*UNIPIC_RUN_CACHE"),
+        manifest.locked(tmp_path / "file/a"),
+    ):
+        pass
+
+
 def test_the_lock_removes_what_killed_processes_left(tmp_path):
     dst = tmp_path / "na[m]e"
     for name in ("na[m]e.partial-1", "na[m]e.partial-2", "other.partial-1"):
