@@ -114,4 +114,17 @@ PHASES: tuple[VAEPlan | JointPlan | DecoderPlan, ...] = (
         matrix_rate=0.003,
         decay=0.9,
     ),
+    replace(
+        ASKED,
+        steps=2200,
+        seed=14,
+        object_weights=(2.0, 1.0),
+        pictures=24,
+        edits=24,
+        questions=16,
+        rate=7e-4,
+        matrix_rate=0.0035,
+        decay=0.81,
+    ),
+    DecoderPlan(steps=2000, seed=15, shard=Sizes(scenes=160, edits=96), shards=10),
 )

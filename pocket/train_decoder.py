@@ -6,9 +6,11 @@ specks and traces beside an object most of all, and leaves them out. Encoder and
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from .data import Shard
 from .losses import conditions
 from .phrases import phrase
 from .plans import DecoderPlan
-from .samples import Sample
+from .scenes import Scene
 from .sitting import Losses, Plan, Run, generator, sit, write_state
 from .train_vae import OBJECT_WEIGHT, Autoencoder, painted, to_input
 
@@ -34,30 +36,51 @@ ROUNDS = 4
 STEPS = 20  # of the head: fewer than a request takes, as many pictures are to be drawn
 SHARES = (0.25, 0.85)  # of the tokens drawn anew
 AT_ONCE = 32
+SMALL_WEIGHT = 3 * OBJECT_WEIGHT  # a small object has a third of the pixels of a large one
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Pictures and the words that ask for them; latents (B, n, 16) of them and, for edits, of what these begin with."""
+
+    kind: Literal["generate", "edit"]
+    words: Sequence[str]
+    latents: Tensor
+    sources: Tensor | None = None
+
+    def parts(self) -> Iterator["Wanted"]:
+        """As many at once as memory is meant to hold."""
+        for at in range(0, len(self.words), AT_ONCE):
+            of = slice(at, at + AT_ONCE)
+            sources = None if self.sources is None else self.sources[of]
+            yield Wanted(self.kind, self.words[of], self.latents[of], sources)
 
 
 @torch.inference_mode()
-def redrawn(
-    model: UniPic, tokens: Tokens, samples: Sequence[Sample], latents: Tensor, rng: Generator, noise: torch.Generator
-) -> Tensor:
+def redrawn(model: UniPic, tokens: Tokens, wanted: Wanted, rng: Generator, noise: torch.Generator) -> Tensor:
     """The latents (B, n, 16) with a share of each picture's tokens drawn by the model, as a request would; on the CPU.
 
-    Prompts and the share come from `rng`; order and noise are the CPU's, so that they are the same on every device.
+    The share comes from `rng`; order and noise are the CPU's, so that they are the same on every device.
     """
     share, device = rng.uniform(*SHARES), next(model.parameters()).device
-    rows, n, channels = latents.shape
-    texts = [turn("generate", phrase(s.spec, rng)) for s in samples] + [unconditional_turn("generate", None)] * rows
+    rows, n, channels = wanted.latents.shape
+    texts = [turn(wanted.kind, words) for words in wanted.words] + [unconditional_turn(wanted.kind, None)] * rows
     words = words_of(tokens, texts)
     words = Words(words.ids.to(device), words.lengths.to(device), words.answers)
     order, masked = torch.rand(rows, n, generator=noise).argsort(dim=1).to(device), round(share * n)
-    x = latents.to(device)
+    x, sources = wanted.latents.to(device), None if wanted.sources is None else twice(wanted.sources.to(device))
     for begin, end in pairwise(masked * i // ROUNDS for i in range(ROUNDS + 1)):
         visible = torch.cat([order[:, :begin], order[:, masked:]], dim=1).sort(dim=1).values
         predicted = order[:, begin:end].sort(dim=1).values
-        z, _ = conditions(model, tokens, words, None, *(torch.cat([t, t]) for t in (x, visible, predicted)))
+        z, _ = conditions(model, tokens, words, sources, *map(twice, (x, visible, predicted)))
         new = _denoised(model, z.flatten(0, 1), noise)
         x = x.scatter(1, predicted[..., None].expand(-1, -1, channels), new.view(rows, -1, channels))
     return x.cpu()
+
+
+def twice(x: Tensor) -> Tensor:
+    """For the rows with a prompt and for those without."""
+    return torch.cat([x, x])
 
 
 def _denoised(model: UniPic, z: Tensor, noise: torch.Generator) -> Tensor:
@@ -71,15 +94,17 @@ def _denoised(model: UniPic, z: Tensor, noise: torch.Generator) -> Tensor:
 
 
 class Drawn:
-    """A shard's scenes with their latents, true and redrawn, (S, n, 16) float32; kept in a file once drawn."""
+    """A shard's pictures with their latents, true and redrawn, (S + E, n, 16) float32; kept in a file once drawn."""
 
     def __init__(
         self, model: UniPic, vae: Autoencoder, tokens: Tokens, plan: DecoderPlan, number: int, kept: Path | None
     ) -> None:
-        self.shard = Shard(plan.seed, number, plan.shard)
+        shard = Shard(plan.seed, number, plan.shard)
+        self.scenes = [*(sample.scene for sample in shard.samples), *(edit.target for edit in shard.edits)]
         file = kept and kept / f"drawn-{number:05}.safetensors"
         if file is None or not file.exists():
-            made = self._make(model, vae, tokens, plan.seed, number)
+            rng, noise = np.random.default_rng((plan.seed, 3, number)), generator(plan.seed, number)
+            made = _made(model, tokens, shard.encode(vae, model.config.vae_scale, None), rng, noise)
             if file is None:
                 self.true, self.redrawn = made
                 return
@@ -87,27 +112,33 @@ class Drawn:
         found = load_file(file)
         self.true, self.redrawn = found["true"], found["redrawn"]
 
-    def _make(self, model: UniPic, vae: Autoencoder, tokens: Tokens, seed: int, number: int) -> tuple[Tensor, Tensor]:
-        rng, noise, samples = np.random.default_rng((seed, 3, number)), generator(seed, number), self.shard.samples
-        true = self.shard.encode(vae, model.config.vae_scale, None).latents
-        parts = [slice(at, at + AT_ONCE) for at in range(0, len(samples), AT_ONCE)]
-        again = [redrawn(model, tokens, samples[part], true[part], rng, noise) for part in parts]
-        return true, torch.cat(again)
+
+def _made(model: UniPic, tokens: Tokens, shard: Shard, rng: Generator, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+    generated = Wanted("generate", [phrase(sample.spec, rng) for sample in shard.samples], shard.latents)
+    edited = Wanted("edit", [edit.instruction for edit in shard.edits], shard.targets, shard.sources)
+    again = [redrawn(model, tokens, part, rng, noise) for wanted in (generated, edited) for part in wanted.parts()]
+    return torch.cat([shard.latents, shard.targets]), torch.cat(again)
+
+
+def weighed(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Levels (h, w, 3) uint8 and weights (h, w) float32: of objects as in phase 1, of small ones more."""
+    levels, objects = painted(scene)
+    small = painted(replace(scene, figures=tuple(figure for figure in scene.figures if figure.size == "small")))[1]
+    return levels, np.select([small, objects], [SMALL_WEIGHT, OBJECT_WEIGHT], 1.0).astype(np.float32)
 
 
 def decoder_losses(model: UniPic, plan: DecoderPlan, drawn: Sequence[Drawn], step: int) -> Losses:
-    """Squared error of whole pictures, weighted as in phase 1; most are of redrawn latents, the others of true ones."""
+    """Weighted squared error of whole pictures; most are of redrawn latents, the others of true ones."""
     rng = step_rng(plan.seed, step)
     source = drawn[int(rng.integers(len(drawn)))]
     chosen = rng.choice(len(source.true), plan.batch, replace=False)
     again = torch.from_numpy(rng.random(plan.batch) < plan.redrawn)[:, None, None]
     latents = torch.where(again, source.redrawn[chosen], source.true[chosen]) / model.config.vae_scale
-    levels, objects = zip(*(painted(source.shard.samples[i].scene) for i in chosen), strict=True)
-    weights = torch.where(torch.from_numpy(np.stack(objects)), OBJECT_WEIGHT, 1.0)[:, None]
+    levels, weights = map(np.stack, zip(*(weighed(source.scenes[i]) for i in chosen), strict=True))
     device = next(model.parameters()).device
     maps = latents.transpose(1, 2).unflatten(2, (GRID, GRID)).to(device, memory_format=torch.channels_last)
-    error = (model.vae_decoder(maps) - to_input(np.stack(levels)).to(device)).square() * weights.to(device)
-    return {"loss": error.mean()}
+    error = (model.vae_decoder(maps) - to_input(levels).to(device)).square()
+    return {"loss": (error * torch.from_numpy(weights)[:, None].to(device)).mean()}
 
 
 def train_decoder(

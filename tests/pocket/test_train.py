@@ -23,12 +23,13 @@ from unipic_run.pocket.export import export
 from unipic_run.pocket.head_losses import head_losses
 from unipic_run.pocket.losses import PREDICTED, Hints, Named, answer_losses, chosen, conditions, packed
 from unipic_run.pocket.muon import orthogonal
+from unipic_run.pocket.painter import paint
 from unipic_run.pocket.plans import DecoderPlan, JointPlan, Sizes, VAEPlan
 from unipic_run.pocket.samples import sample
-from unipic_run.pocket.scenes import COLOURS, SHAPES, SIZES
+from unipic_run.pocket.scenes import COLOURS, SHAPES, SIZES, Figure, Scene
 from unipic_run.pocket.sitting import Plan, Run, generator, sit
 from unipic_run.pocket.tokenizer import END, UNKNOWN, pocket_tokenizer
-from unipic_run.pocket.train_decoder import SHARES, redrawn, train_decoder
+from unipic_run.pocket.train_decoder import AT_ONCE, SHARES, Wanted, redrawn, train_decoder, weighed
 from unipic_run.pocket.train_joint import Joint, initialise, joint_losses, train_joint
 from unipic_run.pocket.train_vae import Autoencoder, crops, judge_vae, train_vae, vae_losses
 from unipic_run.pocket.vocabulary import vocabulary
@@ -335,12 +336,12 @@ def recording(advance, losses):
     return recorded
 
 
-def test_the_model_draws_only_a_share_of_a_picture_anew(random_model, tokens):
-    samples = [sample(np.random.default_rng(3), "binding", "train") for _ in range(3)]
-    latents = torch.randn(3, GRID**2, 16, generator=generator(3, 0))
+@pytest.mark.parametrize("kind", ["generate", "edit"])
+def test_the_model_draws_only_a_share_of_a_picture_anew(random_model, tokens, kind):
+    latents, sources = torch.randn(2, 3, GRID**2, 16, generator=generator(3, 0))
+    wanted = Wanted(kind, ["make it blue"] * 3, latents, sources if kind == "edit" else None)
     again, same, other = (
-        redrawn(random_model, tokens, samples, latents, np.random.default_rng(seed), generator(seed, 1))
-        for seed in (1, 1, 2)
+        redrawn(random_model, tokens, wanted, np.random.default_rng(seed), generator(seed, 1)) for seed in (1, 1, 2)
     )
     assert torch.equal(again, same) and not torch.equal(again, other)
     changed = (again != latents).all(-1)
@@ -349,10 +350,41 @@ def test_the_model_draws_only_a_share_of_a_picture_anew(random_model, tokens):
     assert again.isfinite().all()
 
 
+def test_what_an_edit_begins_with_is_looked_at_when_its_result_is_drawn_anew(random_model, tokens):
+    latents, *pictures = torch.randn(3, 2, GRID**2, 16, generator=generator(3, 0))
+    begun_with = [Wanted("edit", ["make it blue"] * 2, latents, sources) for sources in pictures]
+    one, other = (
+        redrawn(random_model, tokens, wanted, np.random.default_rng(1), generator(1, 1)) for wanted in begun_with
+    )
+    assert not torch.equal(one, other)
+
+
+def test_many_pictures_are_drawn_in_parts():
+    latents = torch.arange(2.0 * AT_ONCE + 1)[:, None, None]
+    wanted = Wanted("edit", [str(i) for i in range(len(latents))], latents, -latents)
+    parts = list(wanted.parts())
+    assert [len(part.words) for part in parts] == [AT_ONCE, AT_ONCE, 1]
+    assert [word for part in parts for word in part.words] == list(wanted.words)
+    assert torch.equal(torch.cat([part.latents for part in parts]), latents)
+    assert all(torch.equal(part.sources, -part.latents) for part in parts)
+
+
+def test_a_small_object_weighs_as_much_as_a_large_one():
+    small, large = (
+        Figure("circle", "red", x, 64.0, np.mean(SIZES[size])) for x, size in ((32, "small"), (96, "large"))
+    )
+    scene = Scene((small, large), "white")
+    levels, weights = weighed(scene)
+    assert np.array_equal(levels, paint(scene))
+    sums = [half[half > 1].sum() for half in np.split(weights, 2, axis=1)]
+    assert sums[0] == pytest.approx(sums[1], rel=0.2)
+    assert weights[0, 0] == 1.0
+
+
 def test_the_decoder_learns_from_what_the_model_draws_and_nothing_else_changes(
     random_model, vae, tokens, tmp_path, monkeypatch
 ):
-    plan = DecoderPlan(steps=12, batch=2, rate=2e-3, matrix_rate=0.02, shard=Sizes(scenes=2, edits=0), shards=1)
+    plan = DecoderPlan(steps=12, batch=2, rate=2e-3, matrix_rate=0.02, shard=Sizes(scenes=2, edits=2), shards=1)
     losses = []
     monkeypatch.setattr(Run, "advance", recording(Run.advance, losses))
     before = {name: tensor.clone() for name, tensor in random_model.state_dict().items()}
