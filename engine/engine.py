@@ -206,6 +206,8 @@ class Engine(Worker):
         if stream:
             if len(requests) != 1:
                 raise UsageError(f"{len(requests)} questions cannot be streamed", "stream one question at a time")
+            if on_answer:
+                raise UsageError("on_answer with stream", "read the stream, or leave stream out")
             answer = Stream(self._stream(picture, requests[0], token))
             self._streams.add(answer)
             return answer

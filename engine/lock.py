@@ -54,16 +54,19 @@ class Stream(Iterator[str]):
 
     def __init__(self, pieces: Generator[str]) -> None:
         """`pieces` raises Closed where it sees the engine closing."""
-        self.pieces, self._cut = pieces, False
+        self.pieces, self._cut, self._resumed = pieces, False, threading.RLock()
 
     def __next__(self) -> str:
-        if self._cut:
+        if self._cut:  # asked first, since whoever cuts it may wait for its end
             raise Closed(*CLOSED)
-        try:
-            return next(self.pieces)
-        except Closed:
-            self._cut = True
-            raise
+        with self._resumed:
+            if self._cut:
+                raise Closed(*CLOSED)
+            try:
+                return next(self.pieces)
+            except Closed:
+                self._cut = True
+                raise
 
     def close(self) -> None:
         """End it, so that the engine can do something else."""
@@ -76,10 +79,14 @@ class Stream(Iterator[str]):
 
     def cut(self) -> bool:
         """End it for the engine that closes; False where a thread is just in it."""
-        if getgeneratorstate(self.pieces) in (GEN_CREATED, GEN_SUSPENDED):
-            self._cut = True
-        try:
-            self.pieces.close()
-        except ValueError:  # it runs
+        if not self._resumed.acquire(blocking=False):
             return False
+        try:
+            if getgeneratorstate(self.pieces) in (GEN_CREATED, GEN_SUSPENDED):
+                self._cut = True
+            self.pieces.close()
+        except ValueError:  # it runs, further up in this thread
+            return False
+        finally:
+            self._resumed.release()
         return True

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from PIL import Image
 
@@ -17,12 +18,36 @@ from .run import Clock, Watch, run_batch
 from .sampling import MAX_SEED, Sampling
 from .task import Batch, Task
 
+P, T = ParamSpec("P"), TypeVar("T")
+
 
 class CallersError(Exception):
     """Carries what the caller's own function raised, its cause, past those who would take it for the engine's failure.
 
-    To be unwrapped where nobody handles errors any more.
+    To be `unwrapped` where nobody handles errors any more.
     """
+
+
+def tell_caller(listener: Callable[[T], object], what: T) -> None:
+    """Raises CallersError for whatever the listener raises."""
+    try:
+        listener(what)
+    except Exception as error:
+        raise CallersError from error
+
+
+def unwrapped(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, out of which comes what a CallersError carries, as it was raised."""
+
+    @wraps(function)
+    def call(*given: P.args, **named: P.kwargs) -> T:
+        try:
+            return function(*given, **named)
+        except CallersError as carried:
+            raised = [carried.__cause__]
+        raise raised.pop()  # out here it keeps its context, and popped it is in no frame of its own trace
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -75,10 +100,7 @@ def make_images(
                 pictures = previews or images
                 settings = tuple(describe(*pair) for pair in zip(part, pictures, strict=bool(pictures)))
                 heard = replace(event, done=first, total=len(jobs), previews=previews, settings=settings)
-                try:
-                    on_event(heard)
-                except Exception as error:
-                    raise CallersError from error
+                tell_caller(on_event, heard)
 
         batch = Batch([job.prompt for job in part], [job.noise for job in part], loaded.placed.apart)
         try:

@@ -45,9 +45,7 @@ class Call:
     nbytes: int  # read and written
     launches: int
     beside: int = 0  # `Cost.beside`
-    programs: int = (
-        0  # of a kernel of ours, of the most where it has several; 0 of a library's, whose tiles are not known
-    )
+    programs: int = 0  # of our kernel, the most where there are several; 0 where a library's tiles are not known
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class Outputs:
             return path
         note = f"the folder {str(path.parent)!r} does not exist: pictures that belong there are saved here"
         warnings.warn(note, UnipicWarning, stacklevel=4)
-        return Path(path.name)
+        return free_path(Path(path.name), frozenset(self.places.values()))  # nobody named this one to be overwritten
 
 
 def _check_stream(count: int, previews: bool) -> None:

@@ -5,8 +5,9 @@ import torch, so that the command line can look at pictures without paying for i
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import IOBase
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 MAX_PADDED_SIDE = 8192  # a thin strip is shrunk to this before it is padded to a square
 
 Source = ImageFile | Image.Image
+ALONE = str | os.PathLike | bytes | bytearray | IOBase | Mapping | Image.Image  # never several pictures
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def open_images(sources: Iterable[Source] | Source | None) -> tuple[Image.Image,
     """Like `open_image`, of several, of one that is in no list, or of none."""
     if sources is None:
         return ()
-    if isinstance(sources, str | os.PathLike | bytes | Image.Image) or not isinstance(sources, Iterable):
+    if isinstance(sources, ALONE) or not isinstance(sources, Iterable):
         return (open_image(sources),)
     return tuple(map(open_image, sources))
 

@@ -109,13 +109,13 @@ def note_doubts(task: Task, side: int) -> None:
     width, height = task.columns * PATCH, task.rows * PATCH
     if not 0.8 <= width * height / side**2 <= 1.25:
         note = f"{width}x{height} is far from the {side}x{side} this model was trained at: expect poorer pictures"
-        warnings.warn(note, UnipicWarning, stacklevel=4)
+        warnings.warn(note, UnipicWarning, stacklevel=5)
     if task.negative is not None and task.guidance == 1.0:
-        warnings.warn("a negative prompt steers nothing at guidance 1", UnipicWarning, stacklevel=4)
+        warnings.warn("a negative prompt steers nothing at guidance 1", UnipicWarning, stacklevel=5)
     if task.guidance != 1.0 and not any(begins_within(task.cfg_interval, i, task.steps) for i in range(task.steps)):
         first, end = task.cfg_interval
         note = f"no round of {task.steps} begins in the cfg_interval {first:g} to {end:g}: nothing is guided"
-        warnings.warn(note, UnipicWarning, stacklevel=4)
+        warnings.warn(note, UnipicWarning, stacklevel=5)
 
 
 def _task(kind: str, width: int, height: int, sampling: Sampling, defaults: Defaults, **source: Any) -> Task:

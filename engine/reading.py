@@ -9,6 +9,7 @@ from PIL import Image
 
 from .device import memory_peak, out_of_memory
 from .errors import BudgetError
+from .making import tell_caller
 from .noise import PhiloxNoise
 from .outcome import Answer, CancelToken
 from .picture import to_pixels
@@ -123,5 +124,5 @@ def answer_all(
             )
         )
         if on_answer:
-            on_answer(answers[-1])
+            tell_caller(on_answer, answers[-1])
     return answers

@@ -21,7 +21,7 @@ from .device import current, dtype_name, memory_peak, out_of_memory, reset_memor
 from .errors import UnipicWarning
 from .loaded import Loaded
 from .lock import CLOSED, CallLock, Closed, Stream
-from .making import CallersError, Job, jobs_of, make_images
+from .making import Job, jobs_of, make_images, unwrapped
 from .noise import Noise
 from .outcome import Answer, CancelToken, Event, Result
 from .placing import Placing
@@ -112,6 +112,7 @@ class Worker:
                 torch.cuda.empty_cache()
             self._release()
 
+    @unwrapped
     def _images(
         self,
         request: GenerateRequest | EditRequest,
@@ -122,16 +123,12 @@ class Worker:
         how: dict[str, Any],
     ) -> Result:
         jobs = jobs_of(request.prompts, request.sampling, noise)
-        try:
-            with self._working("making images") as loaded:
-                task, finish = make_task()
-                check_shortcuts(task, loaded.family)
-                loaded.family.check_prompts(self.config, loaded.tokens, task, request.prompts)
-                note_doubts(task, self.config.resolution)
-                return self._made(loaded, request.sampling, task, finish, jobs, on_event, cancel, how)
-        except CallersError as carried:
-            raised = [carried.__cause__]
-        raise raised.pop()  # out here it keeps its context, and popped it is in no frame of its own trace
+        with self._working("making images") as loaded:
+            task, finish = make_task()
+            check_shortcuts(task, loaded.family)
+            loaded.family.check_prompts(self.config, loaded.tokens, task, request.prompts)
+            note_doubts(task, self.config.resolution)
+            return self._made(loaded, request.sampling, task, finish, jobs, on_event, cancel, how)
 
     def _made(
         self,
@@ -166,6 +163,7 @@ class Worker:
             attention=self.attention,
         )
 
+    @unwrapped
     def _answers(
         self,
         picture: Image.Image,

@@ -497,6 +497,7 @@ def test_a_folder_that_only_the_finished_picture_names_loses_none(run, model, ph
     code, out, err = run(*quick)
     size = re.search(r"the folder '(\d+x\d+)' does not exist", err)[1]
     assert (code, out) == (0, "7.png\n") and "x".join(map(str, pixels("7.png").shape[1::-1])) == size
+    assert run(*quick, "--overwrite")[1] == "7-2.png\n", "nobody said to overwrite that one"
     Path(size).mkdir()
     assert run(*quick)[1] == f"{size}/7.png\n"
 
@@ -555,10 +556,16 @@ def test_the_installed_command_writes_png_bytes_to_a_pipe(model):
         assert image.size == (128, 128)
 
 
+def interruptible(arguments):
+    """A process that hears of SIGINT, which shells let their background jobs ignore."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(arguments, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT between processes")
 def test_ctrl_c_stops_within_a_round_and_keeps_what_was_finished(model, tmp_path):
     arguments = [command(), "gen", "x", "-m", model, "--seed", "1", "-n", "500", "--steps", "4", "--json"]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = interruptible(arguments)
     deadline = time.monotonic() + 60
     while not pngs() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -575,7 +582,7 @@ def test_ctrl_c_stops_within_a_round_and_keeps_what_was_finished(model, tmp_path
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT between processes")
 def test_ctrl_c_in_the_first_picture_leaves_nothing(model):
     arguments = [command(), "gen", "x", "-m", model, "--steps", "10000", "--size", "512x512", "-o", "{seed}.png"]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = interruptible(arguments)
     assert process.stderr.readline().startswith("note: 512x512")  # the engine has begun
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)

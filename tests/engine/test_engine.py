@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from unipic_run import CancelToken, Engine, Event
+from unipic_run import Answer, CancelToken, Engine, Event
 from unipic_run.engine.errors import (
     BudgetError,
     Cancelled,
@@ -237,6 +237,18 @@ def test_what_a_callback_raises_comes_out_as_it_is_and_at_once(
     assert caught.value is failure and failure.__context__ is failure.__cause__ is None
     assert caught.traceback[-1].name == "broken"
     assert heard[-1] == stage and heard.count("condition") == heard.count(stage) == 1, "nothing is made again"
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError, BudgetError])
+def test_what_hears_an_answer_may_fail_like_that_too(tiny_engine: Engine, kind: type[Exception]) -> None:
+    failure = kind("out of memory")
+
+    def broken(answer: Answer) -> None:
+        raise failure
+
+    with pytest.raises(kind) as caught:
+        tiny_engine.ask(Image.new("RGB", (64, 64)), ["what?", "where?"], res=64, max_new_tokens=1, on_answer=broken)
+    assert caught.value is failure and tiny_engine.generate("a cat", **QUICK).images
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,25 @@ def test_a_stream_that_is_just_being_ended_says_so() -> None:
     assert next(stream) and stream.cut() and [type(error) for error in said] == [Closed]
 
 
+def test_a_stream_that_a_thread_is_just_reading_is_cut_at_its_next_piece() -> None:
+    begun, go, read = threading.Event(), threading.Event(), []
+
+    def pieces() -> Iterator[str]:
+        begun.set()
+        go.wait(10)
+        yield "a piece"
+
+    stream = Stream(pieces())
+    reader = threading.Thread(target=lambda: read.append(next(stream)))
+    reader.start()
+    assert begun.wait(10) and not stream.cut()
+    go.set()
+    reader.join(10)
+    assert read == ["a piece"] and stream.cut()
+    with pytest.raises(Closed):
+        next(stream)
+
+
 def test_closing_waits_for_no_stream_that_waits_for_another(
     tiny_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,7 +75,7 @@ def test_float32_agrees_with_the_cpu(load, make):
         ("unipic", {"speed": "fast"}),
         ("unipic", {"solver": "dpm2", "cfg_interval": (0.0, 0.6)}),
         ("deepgen", {}),
-        ("deepgen", {"cfg_interval": (0.0, 0.6), "block_cache": 0.1}),
+        ("deepgen", {"cfg_interval": (0.0, 0.6), "block_cache": 1.0}),
         ("deepgen", {"batch_size": 1}),
     ],
     ids=["balanced", "fast", "solver", "deepgen", "deepgen, shortcuts", "deepgen, one by one"],
@@ -128,7 +128,7 @@ def test_a_batch_makes_the_same_pictures_as_single_runs(load):
     ("model", "speed"), [("unipic", "exact"), ("unipic", "balanced"), ("unipic", "fast"), ("deepgen", "exact")]
 )
 def test_a_round_never_waits_for_the_device(load, model, speed, dtype, quant, attention):
-    """Of three pictures of one shape: eager with the head's captures, with those of the rounds, and replayed."""
+    """Of three pictures of one shape: eager, with captures, and replayed."""
     engine = load("cuda", dtype, quant, attention, model)
     loaded, family = engine.loaded, engine.loaded.family
     task = Task("generate", 8, 8, steps=4, guidance=3.0, cfg_schedule="linear", temperature=0.9)
@@ -200,7 +200,7 @@ def test_graphs_make_deepgens_pictures_bit_for_bit(load, quant, attention, kind)
     def make():
         if kind == "edit":
             return np.asarray(engine.edit(picture(), "make it night", res=96, steps=4, seed=3).images[0])
-        how = {"block_cache": 0.1} if kind == "block_cache" else {}
+        how = {"block_cache": 1.0} if kind == "block_cache" else {}
         return np.asarray(engine.generate(PROMPTS[0], res=96, steps=4, seed=3, **how).images[0])
 
     graphs.clear("off")

@@ -188,14 +188,15 @@ class DiffusionHead(nn.Module):
         OFTEN alike, else when a later round has them too. Rounds of as many rows and other steps share them, since
         tables are as long as the model's own, or longer.
         """
-        taken, longest = chunks(len(table), self.most_steps(len(z))), max(len(table), self.config.steps)
+        steps, longest = len(table), max(len(table), self.config.steps)
+        taken = chunks(steps, self.most_steps(len(z)))
         alike, key = Counter(taken), (len(z), len(start), longest, drawn is None)
-        table, embedded = graphs.hold("timesteps", longest, tuple(padded(x, longest) for x in (table, embedded)))
-        run = self.begin(z, start, drawn, sum(taken), table, embedded, final)
+        tables = graphs.hold("timesteps", longest, tuple(padded(x, longest) for x in (table, embedded)))
+        run = self.begin(z, start, drawn, steps, *tables, final)
         run = graphs.hold("head", key, run, at_sight=max(alike.values()) >= OFTEN)
-        for steps in taken:
-            after = 1 if alike[steps] >= OFTEN else alike[steps] + 1
-            graphs.run("head", (*key, steps), self.advance, (run, steps), after)
+        for chunk in taken:
+            after = 1 if alike[chunk] >= OFTEN else alike[chunk] + 1
+            graphs.run("head", (*key, chunk), self.advance, (run, chunk), after)
         return run.x
 
     def begin(
@@ -221,9 +222,9 @@ class DiffusionHead(nn.Module):
 
 
 def chunks(steps: int, most: int) -> list[int]:
-    """How many of the steps are taken at once, one after the other: at most so many, alike but for the last.
+    """How many of the steps are taken at once, one after the other: at most so many, and alike but for the last.
 
-    Where there are enough, OFTEN times or more.
+    Of many steps there are OFTEN such chunks or more.
     """
     size = min(most, CHUNK, max(FEW, steps // OFTEN))
     size = math.ceil(steps / math.ceil(steps / size))
