@@ -76,7 +76,7 @@ part environment 20 "$PYTHON" -c 'import sys; from unipic_run.cli import main; s
 if command -v nvidia-smi >/dev/null; then part nvidia-smi 10 nvidia-smi -q; fi
 part compile 100 "$PYTHON" bench/compile_ahead.py
 part parity 60 "${parity[@]}"
-SIGNAL=INT part gpu-tests 90 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests # pytest tells its results on Ctrl-C
+SIGNAL=INT part gpu-tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests # pytest tells its results on Ctrl-C
 part bf16 75 "${latency[@]}" --tasks gen --repeat 2 --plan
 part int8 85 "${latency[@]}" --tasks gen --repeat 2 --plan --quant int8 --attn int8-qk
 part targets 15 "$PYTHON" bench/targets.py "$OUT/bf16.log" "$OUT/int8.log"

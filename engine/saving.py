@@ -48,7 +48,7 @@ class Order:
         side = engine.config.resolution
         size = f"{side}x{side}" if self.task == "generate" else None
         sampled = {name: getattr(Task, name) for name in SHORTCUTS} | settled(self.sampling, engine.defaults)
-        return engine._settings(self.task, size=size, **sampled)
+        return engine.settings_of(self.task, size=size, **sampled)
 
     def expected_settings(self, later: dict[str, Any] = LATER) -> list[dict[str, Any]]:
         """Of every picture, in the engine's order: enough to check names."""

@@ -146,7 +146,7 @@ class Worker:
 
         def describe(job: Job, image: Image.Image) -> dict[str, Any]:
             size = f"{image.width}x{image.height}"
-            return self._settings(task.kind, prompt=job.prompt, seed=job.seed, size=size, **how)
+            return self.settings_of(task.kind, prompt=job.prompt, seed=job.seed, size=size, **how)
 
         at_once = sampling.batch_size or (GPU_BATCH if self.device.type == "cuda" else 1)
         room = Room(loaded, min(at_once, len(jobs)))
@@ -172,7 +172,7 @@ class Worker:
         on_answer: Callable[[Answer], object] | None,
     ) -> list[Answer]:
         with self._working("answering", answering=True) as loaded:
-            return answer_all(self._reader(loaded, picture, requests), requests, cancel, self._settings, on_answer)
+            return answer_all(self._reader(loaded, picture, requests), requests, cancel, self.settings_of, on_answer)
 
     def _stream(self, picture: Image.Image, request: AskRequest, cancel: CancelToken) -> Generator[str]:
         # The lock is taken when reading begins; it goes when the generator ends, is closed, or is collected.
@@ -225,7 +225,7 @@ class Worker:
                 self.loaded.model.graphs.clear()
             self.source.fill(answering)
 
-    def _settings(self, task: str, **what: Any) -> dict[str, Any]:
+    def settings_of(self, task: str, **what: Any) -> dict[str, Any]:
         """What a PNG and `--json` tell about an image or an answer; fields that were not set are left out."""
         known = {
             "version": __version__,

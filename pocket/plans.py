@@ -74,6 +74,7 @@ SEEING = JointPlan(  # phase 7, and but for little those that are made from it
     shard=Sizes(scenes=256, edits=256),
 )
 ASKED = replace(SEEING, steps=2900, seed=9, answer_weight=0.6, object_weights=(3.0, 1.0), questions=24)  # phase 9
+MIXED = replace(ASKED, object_weights=(2.0, 1.0), questions=16)  # of the last joint phases
 
 # Each goes on from the weights of the one before, with other data. What each took is in docs/pocket.md.
 PHASES: tuple[VAEPlan | JointPlan | DecoderPlan, ...] = (
@@ -102,29 +103,7 @@ PHASES: tuple[VAEPlan | JointPlan | DecoderPlan, ...] = (
     DecoderPlan(steps=2000, seed=10, shards=10),
     replace(ASKED, steps=3500, seed=11, pictures=16, edits=28, rate=7e-4, matrix_rate=0.0035, decay=0.85),
     DecoderPlan(steps=2000, seed=12, shards=10),
-    replace(
-        ASKED,
-        steps=1100,
-        seed=13,
-        object_weights=(2.0, 1.0),
-        pictures=28,
-        edits=16,
-        questions=16,
-        rate=6e-4,
-        matrix_rate=0.003,
-        decay=0.9,
-    ),
-    replace(
-        ASKED,
-        steps=2200,
-        seed=14,
-        object_weights=(2.0, 1.0),
-        pictures=24,
-        edits=24,
-        questions=16,
-        rate=7e-4,
-        matrix_rate=0.0035,
-        decay=0.81,
-    ),
+    replace(MIXED, steps=1100, seed=13, pictures=28, edits=16, rate=6e-4, matrix_rate=0.003, decay=0.9),
+    replace(MIXED, steps=2200, seed=14, pictures=24, edits=24, rate=7e-4, matrix_rate=0.0035, decay=0.81),
     DecoderPlan(steps=2000, seed=15, shard=Sizes(scenes=160, edits=96), shards=10),
 )
