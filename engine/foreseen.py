@@ -43,6 +43,15 @@ class ForeseenGraphs:
         self._keep(what, "held", key, fresh)
         return fresh
 
+    def own(self, what: str, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """It lives, and so counts, as long as what it was made for; nothing is kept beside it."""
+        made = make()
+        self._copies |= {id(tensor): weakref.ref(tensor) for tensor in made}
+        return made
+
+    def owns(self, x: Tensor) -> bool:
+        return self._is_copy(x)
+
     def run(self, what: str, key: Hashable, function: Callable[..., T], given: tuple[Any, ...], after: int = 2) -> T:
         self._keep(what, "given", key, given)
         with self.meter.followed_by(self._pools[ALL], self._pools.setdefault(what, Segments())):

@@ -9,9 +9,10 @@ captured. Where there is no CUDA, or a reason against it, the function just runs
 
 A graph knows addresses, not names. What a function reads or writes besides a module's weights is therefore given to
 `run`: tensors, numbers and strings, in tuples and frozen dataclasses. The graph has copies of the tensors, to which
-later calls copy theirs. What is changed in place has to come from `hold`, and what is large or goes to many graphs
-should: it is copied there once, and then taken as it is. The function is one that is equal to itself the next time, no
-lambda; it has no effect on Python, makes no tensor from Python's numbers, and never waits for the device.
+later calls copy theirs. What is changed in place has to come from `hold` or `own`, and what is large or goes to many
+graphs should: `hold` copies it once, `own` makes it, and then it is taken as it is. The function is one that is equal
+to itself the next time, no lambda; it has no effect on Python, makes no tensor from Python's numbers, and never waits
+for the device.
 
 One `Graphs` belongs to one model in one precision; whoever moves weights calls `clear`.
 """
@@ -28,7 +29,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..kernels._op import OPERATORS, KernelWarning
+from ..kernels._op import HAS_TRITON, OPERATORS, KernelWarning
 from ..kernels._warm_up import captured
 from .errors import UnipicWarning
 
@@ -81,6 +82,8 @@ class Graphs:
         """Why `what` is not captured on a device; empty if nothing speaks against it."""
         if device is None or device.type != self._kind:
             return f"graphs are for {self._kind}, not {device and device.type}"
+        if device.type == "cuda" and not HAS_TRITON:
+            return "without Triton, what lies in the device's memory is waited for"
         return self.off or self.failed.get(what, "")
 
     def hold(self, what: str, key: Hashable, fresh: T, at_sight: bool = True) -> T:
@@ -97,6 +100,28 @@ class Graphs:
         if name not in self._held or not fill(self._held[name], fresh):
             self._held[name] = keep(fresh)
         return keep(self._held[name])  # the same tensors in new containers, which may have remembered what they held
+
+    def own(self, what: str, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `make` has made for the key, the same tensors every time, as they were left.
+
+        They are large: what was made for another key goes, and with it every graph of `what`.
+        """
+        name = (what, key)
+        if name not in self._held:
+            made = make()
+            if self.refusal(what, device_of(made)):
+                return made
+            for table in (self._graphs, self._held, self._seen):
+                for other in [other for other in table if other[0] == what]:
+                    del table[other]
+            for x in made:
+                x.kept_for_graphs = True
+            self._held[name] = made
+        return self._held[name]
+
+    def owns(self, x: Tensor) -> bool:
+        """Whether a graph may change it in place."""
+        return is_kept(x)
 
     def run(
         self,

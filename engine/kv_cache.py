@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -17,8 +18,14 @@ class KVCache:
     meanwhile. Writing is in place, so nothing can be trained through `extend`.
     """
 
-    def __init__(
-        self,
+    def __init__(self, keys: Tensor, values: Tensor, base: "KVCache | None" = None) -> None:
+        if base is not None and base.base is not None:
+            raise ValueError("the base of a cache has a base itself")
+        self.keys, self.values, self.base, self.own = keys, values, base, 0
+
+    @classmethod
+    def empty(
+        cls,
         layers: int,
         heads: int,
         capacity: int,
@@ -26,27 +33,41 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         base: "KVCache | None" = None,
-    ) -> None:
-        if base is not None and base.base is not None:
-            raise ValueError("the base of a cache has a base itself")
-        self.keys = torch.empty(layers, heads, capacity, width, dtype=dtype, device=device)
-        self.values = torch.empty_like(self.keys)
-        self.base, self.own = base, 0
+    ) -> Self:
+        shape, kind = (layers, heads, capacity, width), {"dtype": dtype, "device": device}
+        return cls(torch.empty(shape, **kind), torch.empty(shape, **kind), base)
 
     @property
     def length(self) -> int:
         """Valid positions, those of the base included."""
         return self.own + (self.base.length if self.base else 0)
 
+    @property
+    def position(self) -> int:
+        """Of the next token."""
+        return self.length
+
     def room(self, layer: int, count: int) -> tuple[Tensor, Tensor]:
         """Where the next `count` keys and values of a layer belong: two views (1, K, count, d) to be written to.
 
         `length` moves only with `advance`, once every layer has written.
         """
+        here = slice(self.own, self._end(count))
+        return self.keys[layer, None, :, here], self.values[layer, None, :, here]
+
+    def next(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `Qwen2.step` takes with the next token: position, keys and values, valid ones; without a base."""
+        if self.base is not None:
+            raise ValueError("a cache with a base is not continued token by token")
+        device = self.keys.device
+        lengths = torch.full((1,), self._end(1), dtype=torch.int32, device=device)
+        return torch.full((1, 1), self.position, device=device), self.keys, self.values, lengths
+
+    def _end(self, count: int) -> int:
         end, capacity = self.own + count, self.keys.shape[2]
         if end > capacity:
             raise ValueError(f"{end} positions do not fit a cache of {capacity}")
-        return self.keys[layer, None, :, self.own : end], self.values[layer, None, :, self.own : end]
+        return end
 
     def upto(self, layer: int, ahead: int) -> tuple[Tensor, Tensor]:
         """Valid keys and values of a layer and `ahead` more, (K, length + ahead, d); views where there is no base."""

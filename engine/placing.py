@@ -28,6 +28,7 @@ from .mover import Mover, parts_of
 from .residency import DoesNotFit, Placement, Work, describe, fit, smaller
 from .task import Task
 from .transfer import lanes
+from .verbs import Verbs
 
 UNKNOWN = "rtx4090"  # whose rates stand for those of a card that is not listed
 
@@ -128,14 +129,21 @@ class Placing:
     def _left(self, part: str) -> None:
         """A part that comes back comes to other addresses."""
         staged = self.placement is not None and self.placement.where[part] == "staged"
-        if staged and part in self.loaded.family.needs("generate")["sample"]:
+        if staged and part in in_graphs(self.loaded.family):
             self._forget_graphs()
 
     def _forget_graphs(self) -> None:
         graphs = self.loaded.model.graphs
         graphs.clear(graphs.off)
         if self.placement is not None and "streamed" in self.placement.where.values():
-            graphs.failed["round"] = "layers are streamed"  # and have no address that a graph could know
+            for what in ("round", "token"):
+                graphs.failed[what] = "layers are streamed"  # and have no address that a graph could know
+
+
+def in_graphs(family: Verbs) -> set[str]:
+    """The parts that run in stages which graphs replay."""
+    answering = family.needs("ask")["answer"] if "ask" in family.kinds else ()
+    return {*family.needs("generate")["sample"], *answering}
 
 
 def no_room(error: DoesNotFit, beside: Overhead, failed: Placement | None = None, spare: int = 0) -> BudgetError:

@@ -147,9 +147,10 @@ def taken(placement: Placement, stage: str) -> str:
 def dry_answer(loaded: Loaded, size: tuple[int, int], question: str, limit: int) -> Plan:
     """The plan of a question about a picture of that size (width, height), answered by `limit` tokens."""
     meter, model, family = Meter(), loaded.model, loaded.family
+    graphs = ForeseenGraphs(meter)
     ids = family.question_ids(loaded.tokens, question)
     counted = once(meter, model, family.repeated), by_stack(meter, model, family.stacks)
-    with torch.inference_mode(), counted[0], counted[1], meter:
+    with torch.inference_mode(), in_place_of_graphs(model, graphs), counted[0], counted[1], meter:
         meter.stage = "look"
         seen = family.look_to_answer(model, torch.empty(1, 3, *reversed(size), dtype=loaded.dtype, device=META))
         meter.stage = "condition"
@@ -160,7 +161,7 @@ def dry_answer(loaded: Loaded, size: tuple[int, int], question: str, limit: int)
         _, token = meter.span(lambda: family.next_logits(model, cache, ids[:1]))
         for _ in range(limit - 2):
             meter.repeat(token)
-    return Plan(stages_of(meter), parts_of(model), meter.calls, history=meter.history)
+    return Plan(stages_of(meter), parts_of(model), meter.calls, graphs=graphs.held(), history=meter.history)
 
 
 def stages_of(meter: Meter) -> dict[str, Stage]:

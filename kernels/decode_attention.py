@@ -1,14 +1,13 @@
 """Attention of one new token a row over a long cache, its keys split over programs (Flash-Decoding).
 
-    row r    sees keys 0 .. base_length - 1 of the base, then keys 0 .. lengths[r] - 1 of its own cache
+    row r    sees keys 0 .. lengths[r] - 1
 
     q (R, H, 1, d); k, v (R, K, capacity, d)    the new token's key and value already in their place
-    base_k, base_v (K, base capacity, d)        or None: a picture that all rows speak of, read where it lies
-    lengths (R), base_length (1)                int32, on the device: a captured graph serves every token
+    lengths (R)                                 int32, on the device: a captured graph serves every token
 
 Each program takes one share of the keys for all query heads of one key head, and leaves a sum of values, its largest
 score and its sum of weights; a second kernel joins the shares. Their number and the workspace, under 2 MB, follow from
-the capacities; a share beyond the length weighs nothing and reads nothing. Called by the language model for `ask`.
+the capacity; a share beyond the length weighs nothing and reads nothing. Called by the language model for `ask`.
 """
 
 import torch
@@ -23,36 +22,31 @@ HEURISTIC = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 PROGRAMS = 256  # heuristic: two for each multiprocessor of a large card
 
 
-def _by_row(attend_all, q, k, v, lengths, base_k, base_v, base_length) -> Tensor:
-    """Keys of the base and the row joined; on CUDA it waits for the device to learn the lengths."""
-    out, before = [], 0 if base_k is None else int(base_length)
-    for row, length in enumerate(lengths.tolist()):
-        keys, values = k[row : row + 1, :, :length], v[row : row + 1, :, :length]
-        if before:
-            keys = torch.cat([base_k[None, :, :before], keys], 2)
-            values = torch.cat([base_v[None, :, :before], values], 2)
-        out.append(attend_all(q[row : row + 1], keys, values, False))
-    return torch.cat(out) if out else q.clone()
+def _by_row(attend_all, q, k, v, lengths) -> Tensor:
+    """On CUDA it waits for the device to learn the lengths."""
+    rows = (slice(row, row + 1) for row in range(len(q)))
+    found = [
+        attend_all(q[row], k[row, :, :length], v[row, :, :length], False)
+        for row, length in zip(rows, lengths.tolist(), strict=True)
+    ]
+    return torch.cat(found) if found else q.clone()
 
 
-def decode_attention_ref(*arguments: Tensor | None) -> Tensor:
+def decode_attention_ref(q, k, v, lengths) -> Tensor:
     """In float32 or wider, scores materialised. Arguments as of `decode_attention`."""
-    return _by_row(attention_ref, *arguments)
+    return _by_row(attention_ref, q, k, v, lengths)
 
 
-def decode_attention_torch(*arguments: Tensor | None) -> Tensor:
-    return _by_row(attention_torch, *arguments)
+def decode_attention_torch(q, k, v, lengths) -> Tensor:
+    return _by_row(attention_torch, q, k, v, lengths)
 
 
-@triton.jit(do_not_specialize=["kv_heads", "group", "base_splits", "share"])
+@triton.jit(do_not_specialize=["kv_heads", "group", "share"])
 def _decode_kernel(
     q_ptr,  # (R, H, 1, d), last dimension contiguous, as of all caches
     k_ptr,  # (R, K, capacity, d)
     v_ptr,
-    base_k_ptr,  # (K, base capacity, d)
-    base_v_ptr,
     lengths_ptr,  # (R) int32
-    base_length_ptr,  # (1) int32
     sums_ptr,  # (R, H, splits, d) float32: values by their weights
     largest_ptr,  # (R, H, splits) float32: scores
     total_ptr,  # (R, H, splits) float32: weights
@@ -64,13 +58,8 @@ def _decode_kernel(
     v_batch,
     v_head,
     v_row,
-    bk_head,
-    bk_row,
-    bv_head,
-    bv_row,
     kv_heads,
     group,  # query heads a key head serves
-    base_splits,
     share,  # keys of a split
     scale,  # log2(e) / sqrt(d)
     D: tl.constexpr,
@@ -78,7 +67,6 @@ def _decode_kernel(
     D1: tl.constexpr,
     BLOCK_M: tl.constexpr,  # at least `group`
     BLOCK_N: tl.constexpr,
-    BASE: tl.constexpr,
 ):
     split = tl.program_id(0)
     row = (tl.program_id(1) // kv_heads).to(tl.int64)
@@ -90,13 +78,8 @@ def _decode_kernel(
         q1 = load_rows(q_ptr, q_head, group, BLOCK_M, D0, D1, D, True)
     head = tl.arange(0, BLOCK_M)
     state = empty_state(BLOCK_M, D0, D1)
-    if BASE:
-        begin = split * share
-        end = tl.minimum(begin + share, tl.load(base_length_ptr))
-        k, v, last = base_k_ptr + kv_head * bk_head, base_v_ptr + kv_head * bv_head, head * 0 + end - 1
-        state = attend(state, q0, q1, k, v, bk_row, bv_row, begin, end, last, scale, D, D0, D1, BLOCK_N, True)
-    begin = (split - base_splits) * share
-    end = tl.where(begin < 0, begin, tl.minimum(begin + share, tl.load(lengths_ptr + row)))
+    begin = split * share
+    end = tl.minimum(begin + share, tl.load(lengths_ptr + row))
     k, v = k_ptr + row * k_batch + kv_head * k_head, v_ptr + row * v_batch + kv_head * v_head
     last = head * 0 + end - 1
     state = attend(state, q0, q1, k, v, k_row, v_row, begin, end, last, scale, D, D0, D1, BLOCK_N, True)
@@ -140,35 +123,30 @@ def _join_kernel(
     tl.store(out_ptr + head * D + column, (values / total).to(out_ptr.dtype.element_ty), mask=column < D)
 
 
-def _decode_attention_triton(q, k, v, lengths, base_k, base_v, base_length):
+def _decode_attention_triton(q, k, v, lengths):
     q, k, v = unit_rows(q), unit_rows(k), unit_rows(v)
-    based = base_k is not None
-    base_k, base_v = (unit_rows(base_k), unit_rows(base_v)) if based else (k, v)
-    base_length = base_length if based else lengths
     (rows, heads, _, width), kv_heads = q.shape, k.shape[1]
     d0, d1 = head_blocks(width)
     row = 2 * (d0 + d1) * q.element_size()  # bytes of a key and a value
     key = f"{dtype_class(q.dtype)} d{width}"
     tile = tuned("decode_attention", key, HEURISTIC, q.device, lambda tile: tile["BLOCK_N"] * row)
     block = tile["BLOCK_N"]
-    base_blocks, blocks = -(-base_k.shape[1] // block) * based, -(-k.shape[2] // block)
-    blocks_each = max(1, -(-(base_blocks + blocks) * rows * kv_heads // PROGRAMS))
-    base_splits, splits = -(-base_blocks // blocks_each), -(-blocks // blocks_each)
-    splits += base_splits
+    blocks = -(-k.shape[2] // block)
+    blocks_each = max(1, -(-blocks * rows * kv_heads // PROGRAMS))
+    splits = -(-blocks // blocks_each)
     sums = torch.empty(rows, heads, splits, width, dtype=torch.float32, device=q.device)
     largest, total = torch.empty(2, rows, heads, splits, dtype=torch.float32, device=q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     launch(
         _decode_kernel,
         (splits, rows * kv_heads),
-        *(q, k, v, base_k, base_v, lengths, base_length, sums, largest, total),
-        *(*q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *base_k.stride()[:2], *base_v.stride()[:2]),
-        *(kv_heads, heads // kv_heads, base_splits, blocks_each * block, LOG2_E / width**0.5),
+        *(q, k, v, lengths, sums, largest, total),
+        *(*q.stride()[:2], *k.stride()[:3], *v.stride()[:3]),
+        *(kv_heads, heads // kv_heads, blocks_each * block, LOG2_E / width**0.5),
         D=width,
         D0=d0,
         D1=d1,
         BLOCK_M=max(16, next_power_of_2(heads // kv_heads)),
-        BASE=based,
         **tile,
     )
     launch(
@@ -184,36 +162,22 @@ def _decode_attention_triton(q, k, v, lengths, base_k, base_v, base_length):
     return out
 
 
-def decode_attention_cost(q, k, v, lengths, base_k, base_v, base_length) -> Cost:
-    """By shapes: caches count as full."""
-    caches = [x for x in (k, v, base_k, base_v) if x is not None]
-    keys = k.shape[2] + (0 if base_k is None else base_k.shape[1])
-    return Cost(4 * q.numel() * keys, (2 * q.numel() + sum(x.numel() for x in caches)) * q.element_size())
+def decode_attention_cost(q, k, v, lengths) -> Cost:
+    """By shapes: the cache counts as full."""
+    return Cost(4 * q.numel() * k.shape[2], (2 * q.numel() + k.numel() + v.numel()) * q.element_size())
 
 
 operator = Operator(
-    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor? base_k, Tensor? base_v,"
-    " Tensor? base_length) -> Tensor",
+    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor lengths) -> Tensor",
     torch=decode_attention_torch,
     triton=_decode_attention_triton,
     cost=decode_attention_cost,
 )
 
 
-def decode_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    base_k: Tensor | None = None,
-    base_v: Tensor | None = None,
-    base_length: Tensor | None = None,
-) -> Tensor:
-    """q (R, H, 1, d); k, v (R, K, capacity, d); lengths (R) int32, at least 1; returns (R, H, 1, d).
-
-    base_k, base_v (K, base capacity, d) and base_length (1) int32 together or not at all.
-    """
-    return operator(q, k, v, lengths, base_k, base_v, base_length)
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """q (R, H, 1, d); k, v (R, K, capacity, d); lengths (R) int32, at least 1; returns (R, H, 1, d)."""
+    return operator(q, k, v, lengths)
 
 
 def decode_attention_cases() -> list[Case]:
@@ -221,33 +185,24 @@ def decode_attention_cases() -> list[Case]:
         why: str,
         shape: tuple[int, ...],
         lengths: list[int],
-        base: tuple[int, int] | None = None,
         marks: str = "interp aot gpu",
         dtype: torch.dtype = torch.bfloat16,
     ) -> Case:
         heads, kv_heads, capacity, width = shape
 
-        def make(device: torch.device | str) -> tuple[Tensor | None, ...]:
-            rows, kind = len(lengths), {"dtype": dtype, "layout": "apart"}
-            q, k, v = random_qkv(device, rows, heads, kv_heads, 1, capacity, width, **kind)
+        def make(device: torch.device | str) -> tuple[Tensor, ...]:
+            q, k, v = random_qkv(device, len(lengths), heads, kv_heads, 1, capacity, width, dtype=dtype, layout="apart")
             for row, length in enumerate(lengths):
                 k[row, :, length:] = v[row, :, length:] = float("nan")  # which must not matter
-            q, counts = q * 3, torch.tensor(lengths, dtype=torch.int32).to(device)
-            if base is None:
-                return q, k, v, counts, None, None, None
-            _, base_k, base_v = random_qkv(device, 1, 1, kv_heads, 1, base[0], width, **kind)
-            base_k[:, :, base[1] :] = base_v[:, :, base[1] :] = float("nan")
-            return q, k, v, counts, base_k[0], base_v[0], torch.tensor([base[1]], dtype=torch.int32).to(device)
+            return q * 3, k, v, torch.tensor(lengths, dtype=torch.int32).to(device)
 
         return Case(why, make, marks)
 
-    single = torch.float32
     return [
-        case("a token of an answer about a 1024 picture", (12, 2, 512, 128), [77], (4224, 4170), "aot gpu"),
-        case("a token behind one long cache", (12, 2, 4608, 128), [4301], None, "aot gpu"),
+        case("a token of an answer about a 1024 picture", (12, 2, 4608, 128), [4301], "aot gpu"),
         case("several shares, the last ones empty", (12, 2, 300, 128), [130]),
-        case("behind a base, its last block not full", (6, 2, 70, 80), [65], (130, 99)),
-        case("rows of different lengths, the base one key", (4, 4, 9, 64), [1, 9], (5, 1)),
-        case("tiny head in float32, more query heads than rows of a block", (34, 2, 20, 12), [19], dtype=single),
+        case("a head dim in two blocks, the last block not full", (6, 2, 130, 80), [99]),
+        case("rows of different lengths, one of one key", (4, 4, 9, 64), [1, 9]),
+        case("tiny head in float32, more query heads than rows of a block", (34, 2, 20, 12), [19], dtype=torch.float32),
         case("no rows", (2, 2, 5, 64), []),
     ]

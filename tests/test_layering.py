@@ -16,7 +16,7 @@ ENGINE = (
     "errors checks sampling outcome request precision schedules noise kv_cache graphs tokens gpus formulas meter "
     "segments foreseen repeats device lock task outputs options terminal image_file picture png_metadata naming",
     "checkpoint",
-    "layers",
+    "layers next_token",
     "models",
     "families",
     "verbs run text prepare reading making room loaded",

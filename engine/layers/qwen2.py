@@ -70,13 +70,22 @@ class Qwen2Layer(nn.Module):
         q, k, v = split_heads(norm_linear(x, self.input_norm, self.qkv), c.heads, c.kv_heads)
         return self.after(x, mix(rope(q, cos, sin), rope(k, cos, sin), v))
 
-    def follow(self, x: Tensor, positions: Tensor, inv_freq: Tensor, mix: Mix, into: Room | None = None) -> Tensor:
+    def follow(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        inv_freq: Tensor,
+        mix: Mix,
+        into: Room | None = None,
+        ends: Tensor | None = None,
+    ) -> Tensor:
         """The same from positions (R, L) and inv_freq (d/2) float32; k and v are written `into` a cache's room.
 
+        With `ends`, as `rope_split` takes them, the room is a whole cache, and `mix` gets it instead of k and v.
         Of several axes: positions (A, R, L) and inv_freq (A, d/2), 0 where a frequency does not turn with the axis.
         """
         qkv = norm_linear(x, self.input_norm, self.qkv)
-        split = rope_split if positions.dim() == 2 else axes_split
+        split = partial(rope_split, ends=ends) if positions.dim() == 2 else axes_split
         return self.after(x, mix(*split(qkv, positions, inv_freq, self.config.heads, self.config.kv_heads, into)))
 
     def unattended(self, x: Tensor) -> Tensor:
@@ -143,34 +152,32 @@ class Qwen2(nn.Module):
         """
         count = x.shape[1]
         if positions is None:
-            positions = torch.arange(cache.length, cache.length + count, device=x.device)[None]
-        inv_freq = self.frequencies_of(positions, x.dtype)
-        attend = partial(self.attend_cached, cache)
-        if count == 1 and self.attend.ours:  # as in an answer: what all layers need is made once
-            length = x.new_full((1,), cache.own + 1, dtype=torch.int32)
-            seen = None if cache.base is None else x.new_full((1,), cache.base.own, dtype=torch.int32)
-            attend = partial(self.attend_one, cache, length, seen)
+            positions = torch.arange(cache.position, cache.position + count, device=x.device)[None]
+        inv_freq, attend = self.frequencies_of(positions, x.dtype), partial(self.attend_cached, cache)
         for index, layer in enumerate(self.layers):
             x = layer.follow(x, positions, inv_freq, partial(attend, index), cache.room(index, count))
         cache.advance(count)
+        return self.norm(x)
+
+    def step(self, x: Tensor, positions: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+        """`extend` of one token x (1, 1, D) with nothing but tensors: a graph of it serves every token.
+
+        positions (1, 1); keys, values (layers, K, capacity, d) are changed in place; lengths (1) int32: valid positions
+        in them with this one. Many programs share the keys. For `Attention.ours`.
+        """
+
+        def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return decode_attention(q, k, v, lengths)
+
+        inv_freq = self.frequencies(x.device, x.dtype)
+        for index, layer in enumerate(self.layers):
+            x = layer.follow(x, positions, inv_freq, mix, (keys[index][None], values[index][None]), lengths)
         return self.norm(x)
 
     def attend_cached(self, cache: KVCache, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Of L queries whose keys and values are the last in the cache."""
         keys, values = cache.upto(layer, q.shape[2])
         return self.attend(q, keys[None], values[None], causal=True)
-
-    def attend_one(
-        self, cache: KVCache, length: Tensor, seen: Tensor | None, layer: int, q: Tensor, k: Tensor, v: Tensor
-    ) -> Tensor:
-        """The same of one query; nothing is joined, and many programs share the keys.
-
-        length, seen (1) int32: valid positions of the cache with this one, and of its base.
-        """
-        own, base = (cache.keys[layer][None], cache.values[layer][None]), cache.base
-        if base is None:
-            return decode_attention(q, *own, length)
-        return decode_attention(q, *own, length, base.keys[layer], base.values[layer], seen)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin (R, 1, L, d) for positions (R, L), angles in float32."""

@@ -5,12 +5,15 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from unipic_run.engine.graphs import Graphs
 from unipic_run.engine.layers.attention import Attention
 from unipic_run.engine.layers.linear import logits
 from unipic_run.engine.layers.qwen2 import Qwen2, Qwen2Config, axes_tables
@@ -19,6 +22,7 @@ from unipic_run.engine.models.deepgen.conditioner import PictureCache, Row
 from unipic_run.engine.models.deepgen.config import ConnectorConfig, VisionConfig
 from unipic_run.engine.models.deepgen.connector import Connector
 from unipic_run.engine.models.deepgen.vision import VisionTower
+from unipic_run.engine.next_token import next_logits
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = Path(os.environ.get("UNIPIC_RUN_GOLDENS", ROOT.parent / "shared" / "goldens")) / "deepgen"
@@ -275,16 +279,19 @@ def test_answers_about_pictures_of_odd_sizes_equal_transformers(pair: tuple) -> 
     first, second = [401, 7, *[IMAGE] * counts[0], 8, 9, *[IMAGE] * counts[1]], [410, *[IMAGE] * counts[2]]
     ids, answer = [*first, *second, 10, 11, 12], [13, 14, 15]
     expected = reference(ids + answer, patches, grids)
-    cache = PictureCache(SMALL.layers, SMALL.kv_heads, len(ids) + 3, SMALL.head_dim, torch.float32, torch.device("cpu"))
+    cache = PictureCache.empty(
+        SMALL.layers, SMALL.kv_heads, len(ids) + 3, SMALL.head_dim, torch.float32, torch.device("cpu")
+    )
     hidden = [
         conditioner.prefill(llm, embed, row, IMAGE, cache)
         for row in (Row(first, features[:2], grids[:2]), Row([*second, 10, 11, 12], features[2:], grids[2:]))
     ]
     close(logits(torch.cat(hidden, 1)[0], embed), expected[: len(ids)])
+    model = SimpleNamespace(llm=llm, embed=embed, graphs=Graphs(), logits=partial(logits, table=embed))
     for i, token in enumerate(answer):
-        close(conditioner.next_logits(llm, embed, cache, [token]), expected[len(ids) + i])
+        close(next_logits(model, cache, [token]), expected[len(ids) + i])
     cache.cut(len(ids))
-    close(conditioner.next_logits(llm, embed, cache, answer), expected[-1])
+    close(next_logits(model, cache, answer), expected[-1])
 
 
 def test_windows_are_batches_of_what_a_mask_over_the_picture_leaves() -> None:

@@ -104,6 +104,12 @@ def test_where_there_is_no_cuda_functions_just_run():
     assert graphs.hold("head", 3, begin(3)) is not fresh
 
 
+def test_without_triton_nothing_is_tried_that_waits_for_lengths(monkeypatch):
+    assert not Graphs().refusal("round", torch.device("cuda"))
+    monkeypatch.setattr(file, "HAS_TRITON", False)
+    assert "Triton" in Graphs().refusal("round", torch.device("cuda"))
+
+
 def test_what_is_captured_at_sight_is_replayed_within_the_picture_and_in_the_next():
     recorder, walk = Recorder(), Walk()
     graphs = Graphs(recorder, "cpu")

@@ -2,6 +2,7 @@
 
 import gc
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -155,6 +156,20 @@ def test_graphs_are_forgotten_before_weights_move(under, monkeypatch):
     monkeypatch.setattr(engine.placing.mover, "place", lambda found: seen.append(graphs.holds) or place(found))
     engine.ask(photo(), "what?", res=64, max_new_tokens=2)
     assert seen == [False]
+
+
+def test_parts_that_come_and_go_take_graphs_with_them_that_answer(under):
+    engine = under(2**40)
+    engine.ask(photo(), "what?", res=64, max_new_tokens=2)
+    graphs, placing = engine.loaded.model.graphs, engine.placing
+    for part, forgotten in (("embed", True), ("llm", True), ("vae_encoder", False)):
+        graphs._held["token", 1] = (torch.ones(2),)
+        placing.placement = replace(placing.placement, where=placing.placement.where | {part: "staged"})
+        placing._left(part)
+        assert graphs.holds is not forgotten, part
+    placing.placement = replace(placing.placement, where=placing.placement.where | {"llm": "streamed"})
+    placing._forget_graphs()
+    assert graphs.refusal("token", torch.device("cuda")) == "layers are streamed"
 
 
 def nbytes(engine):

@@ -17,7 +17,7 @@ from unipic_run.engine.meter import Meter
 from unipic_run.engine.models.unipic.config import RELEASED
 from unipic_run.engine.noise import PhiloxNoise
 from unipic_run.engine.outcome import CancelToken
-from unipic_run.engine.plan import META, StageClock, by_stack, dry_run, nbytes, shapes, stages_of
+from unipic_run.engine.plan import META, StageClock, by_stack, dry_answer, dry_run, nbytes, shapes, stages_of
 from unipic_run.engine.run import Watch, run_batch
 from unipic_run.engine.task import Batch, Task
 
@@ -111,3 +111,9 @@ def test_graphs_hold_a_pool_and_copies_that_eager_runs_do_not(load, tiny_release
     states = sum(n for n in (6, 6, 4)) * 2 * config.head.width * 2  # c of both guidance halves, whatever else there is
     assert head.kept > states
     assert loaded.model.graphs.counts.captures == 0, "the model has its own again"
+
+
+def test_of_an_answer_they_hold_one_token(load, tiny_release) -> None:
+    plan = dry_answer(load(architecture(str(tiny_release))), (64, 64), "what is this?", 9)
+    assert set(plan.graphs) == {ALL, "token"}
+    assert 0 < plan.graphs["token"].kept < 2**16, "scores and numbers, no cache: that counts where it lives"

@@ -48,7 +48,7 @@ def pair() -> tuple[Qwen2, torch.nn.Module]:
 
 def cache(capacity: int, base: KVCache | None = None) -> KVCache:
     cpu = torch.device("cpu")
-    return KVCache(CONFIG.layers, CONFIG.kv_heads, capacity, CONFIG.head_dim, torch.float32, cpu, base)
+    return KVCache.empty(CONFIG.layers, CONFIG.kv_heads, capacity, CONFIG.head_dim, torch.float32, cpu, base)
 
 
 def reference(theirs: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -62,6 +62,22 @@ def test_prefill_in_pieces_and_token_by_token(pair: tuple[Qwen2, torch.nn.Module
     expected, kept = reference(theirs, x), cache(17)
     pieces = [ours.extend(part, kept) for part in x.split([5, 9, 1, 1, 1], dim=1)]
     torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_token_with_nothing_but_tensors_is_the_next_one_of_a_text(pair: tuple[Qwen2, torch.nn.Module]) -> None:
+    ours, theirs = pair
+    x, kept = torch.randn(1, 8, CONFIG.width), cache(11)
+    expected = reference(theirs, x)
+    ours.extend(x[:, :5], kept)
+    for at in range(5, 8):
+        step = ours.step(x[:, at : at + 1], *kept.next())
+        torch.testing.assert_close(step, expected[:, at : at + 1], atol=1e-4, rtol=1e-4)
+        kept.advance(1)
+    assert kept.length == 8
+    with pytest.raises(ValueError, match="12 positions do not fit a cache of 11"):
+        kept.advance(3), kept.next()
+    with pytest.raises(ValueError, match="with a base"):
+        cache(3, base=kept).next()
 
 
 def test_a_block_behind_prompts_of_different_length_leaves_the_caches_alone(

@@ -43,7 +43,7 @@ def test_a_language_model_goes_through_streamed_layers_as_it_is(int8: bool) -> N
 
     @torch.inference_mode()
     def run() -> Tensor:
-        cache = KVCache(3, 2, 8, 16, x.dtype, x.device)
+        cache = KVCache.empty(3, 2, 8, 16, x.dtype, x.device)
         read = model["llm"].extend(x, cache)
         return torch.cat([read, model["llm"](x, Prompts.of(((cache, 1),)))])
 

@@ -205,7 +205,12 @@ def test_questions_go_to_the_output_layer(models: Mapping[str, Model]) -> None:
         seen = model.family.look_to_answer(model.module, pixels)
         caches = [model.family.read_image(model.module, model.tokens, seen, len(ids)) for _ in range(2)]
         found = model.family.next_logits(model.module, caches[0], ids)
-        close(found, deepgen.next_logits(model.module, caches[1], ids))
+        hidden = model.module.llm.extend(model.module.embed(torch.tensor([ids])), caches[1])[0, -1]
+        close(found, deepgen.DeepGen.logits(model.module, hidden))
+        model.module.lm_head.weight.mul_(-2.0)
+        caches[0].cut(caches[0].length - len(ids))
+        close(model.family.next_logits(model.module, caches[0], ids), -2.0 * found)
+        model.module.lm_head.weight.div_(-2.0)
 
 
 @recorded

@@ -192,6 +192,26 @@ def test_graphs_make_the_pictures_that_eager_makes_bit_for_bit(load, quant, atte
 
 
 @pytest.mark.parametrize(("quant", "attention"), [("none", "sdpa"), ("int8", "int8-qk")])
+@pytest.mark.parametrize("model", ["unipic", "deepgen"])
+def test_graphs_give_the_answers_that_eager_gives(load, quant, attention, model):
+    engine = load("cuda", "bf16", quant, attention, model)
+    graphs, asked = engine.loaded.model.graphs, {"res": 96, "max_new_tokens": 12}
+    questions = ["what is this?", "is it night?"]
+
+    def answer():
+        return [found.ids for found in engine.ask(picture(), questions, **asked)]
+
+    graphs.clear("off")
+    eager = answer()
+    graphs.clear()
+    counts = graphs.counts
+    captures, replays, misses = counts.captures, counts.replays, counts.misses
+    assert answer() == answer() == eager and sum(map(len, eager)) > 4
+    assert graphs.failed == {} and counts.misses == misses
+    assert counts.captures == captures + 1 and counts.replays > replays
+
+
+@pytest.mark.parametrize(("quant", "attention"), [("none", "sdpa"), ("int8", "int8-qk")])
 @pytest.mark.parametrize("kind", ["guided", "edit", "block_cache"])
 def test_graphs_make_deepgens_pictures_bit_for_bit(load, quant, attention, kind):
     engine = load("cuda", "bf16", quant, attention, "deepgen")

@@ -82,7 +82,7 @@ def test_optional_backends_are_called_as_they_expect(
 
 def prompts_of(*lengths: int, rows: tuple[int, ...]) -> tuple[Prompts, list[tuple[torch.Tensor, torch.Tensor]]]:
     """Prompts of two layers with room to spare, and the keys and values (K, S, d) of the second."""
-    caches = [KVCache(2, 2, length + 3, 8, torch.float32, torch.device("cpu")) for length in lengths]
+    caches = [KVCache.empty(2, 2, length + 3, 8, torch.float32, torch.device("cpu")) for length in lengths]
     for cache, length in zip(caches, lengths, strict=True):
         cache.keys.fill_(math.nan), cache.values.fill_(math.nan)
         for layer in range(2):

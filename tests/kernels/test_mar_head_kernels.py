@@ -193,7 +193,7 @@ def test_places_by_the_inverse_index() -> None:
 
 def test_rope_writes_straight_into_a_cache() -> None:
     torch.manual_seed(0)
-    cache = KVCache(2, 1, 9, 8, torch.float32, torch.device("cpu"))
+    cache = KVCache.empty(2, 1, 9, 8, torch.float32, torch.device("cpu"))
     cache.keys.fill_(7.0), cache.values.fill_(7.0)
     qkv, positions, inv_freq = torch.randn(1, 3, 5 * 8), torch.tensor([[4, 5, 6]]), torch.rand(4)
     into = tuple(x[1, None, :, 4:7] for x in (cache.keys, cache.values))

@@ -252,7 +252,7 @@ def behind_prompts(model: Qwen2, rows: int) -> tuple[Tensor, Prompts]:
     """Two rows, each behind a text of its own."""
     noise, caches = torch.Generator().manual_seed(1), []
     for length in (5, 3):
-        cache = KVCache(1, 1, length, 128, torch.float32, torch.device("cpu"))
+        cache = KVCache.empty(1, 1, length, 128, torch.float32, torch.device("cpu"))
         for room in cache.room(0, length):
             room.copy_(torch.randn(room.shape, generator=noise))
         cache.advance(length)

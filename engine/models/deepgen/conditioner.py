@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ...kv_cache import KVCache
-from ...layers.linear import logits
 from ...layers.qwen2 import Qwen2
 
 Grid = tuple[int, int]  # rows, columns of a picture in tokens
@@ -125,10 +124,3 @@ def prefill(llm: Qwen2, embed: nn.Embedding, row: Row, image_token: int, cache: 
     hidden = llm.extend(x, cache, positions(row, image_token, start=cache.position).to(x.device))
     cache.shift += sum(max(grid) - grid[0] * grid[1] for grid in row.grids)
     return hidden
-
-
-def next_logits(llm: Qwen2, embed: nn.Embedding, cache: PictureCache, ids: Sequence[int]) -> Tensor:
-    """Append ids to the cached text; logits (vocab) float32 of the token after them, from the table `embed`."""
-    x = embed(as_row(ids, embed))
-    at = torch.arange(cache.position, cache.position + len(ids), device=x.device)[None]
-    return logits(llm.extend(x, cache, at)[0, -1], embed).float()

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from ...graphs import Graphs
 from ...layers.attention import Attention
-from ...layers.linear import table
+from ...layers.linear import logits, table
 from ...layers.qwen2 import Qwen2
 from ...layers.vae import VAEDecoder, VAEEncoder
 from ...layers.vae_bands import decode_in_bands
+from ...next_token import cache_to_answer, next_logits  # noqa: F401 (the engine asks the family)
 from ...noise import Noise
 from ...schedules import FLOW_STEPS
 from ...task import Batch, Task
@@ -93,6 +94,10 @@ class DeepGen(nn.Module):
         self.dit = MMDiT(config.dit, attend)
         self.vae_encoder = VAEEncoder(config.vae)
         self.vae_decoder = VAEDecoder(config.vae)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores (..., vocab) of the words after final hidden states (..., D)."""
+        return logits(hidden, self.embed)
 
 
 def build(config: Config, attend: Attention | None = None) -> DeepGen:
@@ -290,8 +295,7 @@ def read_image(model: DeepGen, tokens: Tokens, seen: tuple[Tensor, Grid], spare:
     c, (features, grid) = model.config, seen
     before = SYSTEM + TURN.partition("{}")[0] + PICTURE
     row = Row(as_ids(tokens, before, c.image_token, [grid]), [features], [grid])
-    capacity, like = len(row.ids) + spare, features
-    cache = PictureCache(c.llm.layers, c.llm.kv_heads, capacity, c.llm.head_dim, like.dtype, like.device)
+    cache = cache_to_answer(model, PictureCache, len(row.ids) + spare, features)
     conditioner.prefill(model.llm, model.embed, row, c.image_token, cache)
     return cache
 
@@ -299,8 +303,3 @@ def read_image(model: DeepGen, tokens: Tokens, seen: tuple[Tensor, Grid], spare:
 def question_ids(tokens: Tokens, question: str) -> list[int]:
     """What follows the picture in the prompt of a question."""
     return tokens.encode(turn("ask", question, 1).partition(PICTURE)[2])
-
-
-def next_logits(model: DeepGen, cache: PictureCache, ids: Sequence[int]) -> Tensor:
-    """Append ids to the cached text; logits (vocab) float32 of the token after them."""
-    return conditioner.next_logits(model.llm, model.embed, cache, ids)

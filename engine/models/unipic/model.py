@@ -23,6 +23,7 @@ from ...layers.linear import Linear, logits, table
 from ...layers.qwen2 import Qwen2
 from ...layers.vae import VAEDecoder, VAEEncoder
 from ...layers.vae_bands import decode_in_bands
+from ...next_token import cache_to_answer, next_logits  # noqa: F401 (the engine asks the family)
 from ...schedules import Rounds, gtr_counts, gtr_orders, reveal_rounds
 from ...task import Batch, Task
 from ...tokens import Tokens
@@ -114,6 +115,10 @@ class UniPic(nn.Module):
         x = x.repeat(copies, 1, 1) + self.proj_out(buffers_first(read, buffer))
         return self.mar_decoder(x, visible, predicted, base, decoder_position, diffusion_position, source)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores (..., vocab) of the words after final hidden states (..., H)."""
+        return logits(hidden, self.embed)
+
     def understand_tensors(self, *given: Tensor) -> Tensor:
         """The same of nothing but tensors, for a graph that serves prompts of any length: the last are a `Prompts`'."""
         return self.understand(*given[:-4], Prompts(*given[-4:], runs=()))
@@ -197,11 +202,12 @@ def condition(model: UniPic, tokens: Tokens, task: Task, batch: Batch, reuse: Co
 def read_image(model: UniPic, tokens: Tokens, seen: Tensor, spare: int = 0) -> KVCache:
     """Prefill a turn's start and the image (1, n + buffer, H), which every prompt and question about it shares.
 
-    `spare` positions are left for what follows.
+    `spare` positions are left for what follows, a question and its answer.
     """
     start = tokens.encode(turn("edit", "").partition(IMAGE)[0])
     x = torch.cat([model.embed(as_row(start, model.embed.weight)), seen], dim=1)
-    cache = new_cache(model, x.shape[1] + spare, seen)
+    length = x.shape[1]
+    cache = cache_to_answer(model, KVCache, length + spare, seen) if spare else new_cache(model, length, seen)
     model.llm.extend(x, cache)
     return cache
 
@@ -229,15 +235,9 @@ def question_ids(tokens: Tokens, question: str) -> list[int]:
     return tokens.encode(turn("ask", question).partition(IMAGE)[2])
 
 
-def next_logits(model: UniPic, cache: KVCache, ids: Sequence[int]) -> Tensor:
-    """Append ids to the cached text; logits (vocab) float32 of the token after them."""
-    hidden = model.llm.extend(model.embed(as_row(ids, model.embed.weight)), cache)
-    return logits(hidden[0, -1], model.embed).float()
-
-
 def new_cache(model: UniPic, capacity: int, like: Tensor, base: KVCache | None = None) -> KVCache:
     c = model.config.llm
-    return KVCache(c.layers, c.kv_heads, capacity, c.head_dim, like.dtype, like.device, base)
+    return KVCache.empty(c.layers, c.kv_heads, capacity, c.head_dim, like.dtype, like.device, base)
 
 
 def schedule(config: Config, task: Task, batch: Batch) -> Rounds:

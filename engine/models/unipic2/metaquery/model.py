@@ -15,7 +15,7 @@ from ....layers.linear import Linear
 from ....schedules import FLOW_STEPS
 from ....task import Batch, Task
 from ....tokens import Tokens
-from ...deepgen.conditioner import PictureCache, Row, as_row, in_a_row, last_states, with_queries
+from ...deepgen.conditioner import Row, in_a_row, last_states, with_queries
 from ...deepgen.config import DeepGenConfig as Config
 from ...deepgen.limits import (  # noqa: F401 (the engine asks the family)
     check_question,
@@ -35,6 +35,7 @@ from ...deepgen.model import (  # noqa: F401 (as above)
     latents,
     look_to_answer,
     lookups,
+    next_logits,
     question_ids,
     read_image,
     repeated,
@@ -73,6 +74,9 @@ class MetaQuery(DeepGen):
     def __init__(self, config: Config, attend: Attention) -> None:
         super().__init__(config, attend)
         self.lm_head = Linear(config.llm.width, config.llm.vocab, bias=False)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden)
 
 
 def build(config: Config, attend: Attention | None = None) -> MetaQuery:
@@ -135,13 +139,6 @@ def condition(model: MetaQuery, tokens: Tokens, task: Task, batch: Batch, reuse:
         states = torch.cat([reuse.states[text] for text in rows_of(pair, task)])
         prompts[pair] = guided(model, states, timesteps)
     return replace(reuse, prompts=prompts, rows=tuple(rows))
-
-
-def next_logits(model: MetaQuery, cache: PictureCache, ids: Sequence[int]) -> Tensor:
-    """Append ids to the cached text; logits (vocab) float32 of the token after them."""
-    x = model.embed(as_row(ids, model.embed))
-    at = torch.arange(cache.position, cache.position + len(ids), device=x.device)[None]
-    return model.lm_head(model.llm.extend(x, cache, at)[0, -1]).float()
 
 
 def check_prompts(config: Config, tokens: Tokens, task: Task, prompts: Sequence[str]) -> None:
