@@ -25,7 +25,7 @@ from .layers.attention import Attention
 from .loaded import Loaded
 from .mover import parts_of
 from .outline import KINDS, LIMIT, PROMPT, task_of
-from .placing import no_room
+from .placing import is_streamed, no_room
 from .plan import META, Plan, Stage, shapes, taken
 from .prepare import check_shortcuts, defaults_of, settled
 from .request import GPU_BATCH, TASKS, Largest
@@ -209,7 +209,8 @@ def told(asked: Asked) -> dict[str, Any]:
     placement = asked.placement()
     plan, beside = asked.plan(placement.at_once), overhead(asked.card)
     room = asked.vram_bytes - beside.context
-    graphs, reserved = graphs_of(plan, placement), reserved_by_stage(asked.model, plan, placement)
+    graphs = graphs_of(asked.forecast.loaded.family, plan, placement)
+    reserved = reserved_by_stage(asked.model, plan, placement)
     reserved = {name: nbytes + beside.workspace for name, nbytes in reserved.items()}
     fit_too = 0 < graphs.nbytes <= room - placement.peak - beside.workspace
     stages = {
@@ -247,10 +248,9 @@ def stages_of(plan: Plan, placement: Placement, card: Card) -> Iterator[tuple[st
         yield name, peak, plan.stages[how], seconds[how]
 
 
-def graphs_of(plan: Plan, placement: Placement) -> Held:
-    """What CUDA graphs would hold: of rounds nothing where layers are streamed, which have no address."""
-    streamed = "streamed" in placement.where.values()
-    return plan.graphs.get("head" if streamed else ALL, Held(0, 0))
+def graphs_of(family: Verbs, plan: Plan, placement: Placement) -> Held:
+    """What CUDA graphs would hold: of rounds and tokens nothing where their layers are streamed."""
+    return plan.graphs.get("head" if is_streamed(family, placement) else ALL, Held(0, 0))
 
 
 def reserved_by_stage(model: nn.Module, plan: Plan, placement: Placement) -> dict[str, int]:

@@ -2,8 +2,8 @@
 
 Nothing is captured on the meta device. What is run through here runs as always, and its allocations are followed in
 segments of their own, as a capture makes them in the graphs' pool. What graphs keep are copies of what they are given
-and what they return. Counted is what they have once two pictures of one shape were made. Whether segments of such a
-pool grow depends on the version of torch; here they do not, so a pool may turn out smaller.
+and what they return. Counted is what they have once two pictures of one shape, or two tokens, were made. Whether
+segments of such a pool grow depends on the version of torch; here they do not, so a pool may turn out smaller.
 """
 
 import weakref
@@ -43,13 +43,13 @@ class ForeseenGraphs:
         self._keep(what, "held", key, fresh)
         return fresh
 
-    def own(self, what: str, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def storage(self, what: str, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """It lives, and so counts, as long as what it was made for; nothing is kept beside it."""
         made = make()
         self._copies |= {id(tensor): weakref.ref(tensor) for tensor in made}
         return made
 
-    def owns(self, x: Tensor) -> bool:
+    def may_write(self, x: Tensor) -> bool:
         return self._is_copy(x)
 
     def run(self, what: str, key: Hashable, function: Callable[..., T], given: tuple[Any, ...], after: int = 2) -> T:

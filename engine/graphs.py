@@ -9,10 +9,10 @@ captured. Where there is no CUDA, or a reason against it, the function just runs
 
 A graph knows addresses, not names. What a function reads or writes besides a module's weights is therefore given to
 `run`: tensors, numbers and strings, in tuples and frozen dataclasses. The graph has copies of the tensors, to which
-later calls copy theirs. What is changed in place has to come from `hold` or `own`, and what is large or goes to many
-graphs should: `hold` copies it once, `own` makes it, and then it is taken as it is. The function is one that is equal
-to itself the next time, no lambda; it has no effect on Python, makes no tensor from Python's numbers, and never waits
-for the device.
+later calls copy theirs. What is changed in place has to come from `hold` or `storage`, and what is large or goes to
+many graphs should: the one copies it once, the other makes it, and then it is taken as it is. The function is one that
+is equal to itself the next time, no lambda; it has no effect on Python, makes no tensor from Python's numbers, and
+never waits for the device.
 
 One `Graphs` belongs to one model in one precision; whoever moves weights calls `clear`.
 """
@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..kernels._op import HAS_TRITON, OPERATORS, KernelWarning
+from ..kernels._op import OPERATORS, KernelWarning
 from ..kernels._warm_up import captured
 from .errors import UnipicWarning
 
@@ -71,7 +71,7 @@ class Graphs:
     @property
     def holds(self) -> bool:
         """Whether there is anything whose memory `clear` would give back."""
-        return bool(self._graphs or self._held)
+        return bool(self._graphs or self._held)  # what is stored for one request is its own until a graph has it
 
     def clear(self, off: str = "") -> None:
         """Forget everything, since weights have moved; with a reason, and capture nothing until the next `clear`."""
@@ -82,8 +82,6 @@ class Graphs:
         """Why `what` is not captured on a device; empty if nothing speaks against it."""
         if device is None or device.type != self._kind:
             return f"graphs are for {self._kind}, not {device and device.type}"
-        if device.type == "cuda" and not HAS_TRITON:
-            return "without Triton, what lies in the device's memory is waited for"
         return self.off or self.failed.get(what, "")
 
     def hold(self, what: str, key: Hashable, fresh: T, at_sight: bool = True) -> T:
@@ -101,25 +99,25 @@ class Graphs:
             self._held[name] = keep(fresh)
         return keep(self._held[name])  # the same tensors in new containers, which may have remembered what they held
 
-    def own(self, what: str, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def storage(self, what: str, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """What `make` has made for the key, the same tensors every time, as they were left.
 
-        They are large: what was made for another key goes, and with it every graph of `what`.
+        They are large: those of another key go first, and every graph of `what` with them.
         """
-        name = (what, key)
-        if name not in self._held:
+        if self._stored.get(what, (None, ()))[0] != key:
+            self._stored.pop(what, None)
+            for table in (self._graphs, self._seen):
+                for name in [name for name in table if name[0] == what]:
+                    del table[name]
             made = make()
             if self.refusal(what, device_of(made)):
                 return made
-            for table in (self._graphs, self._held, self._seen):
-                for other in [other for other in table if other[0] == what]:
-                    del table[other]
             for x in made:
                 x.kept_for_graphs = True
-            self._held[name] = made
-        return self._held[name]
+            self._stored[what] = key, made
+        return self._stored[what][1]
 
-    def owns(self, x: Tensor) -> bool:
+    def may_write(self, x: Tensor) -> bool:
         """Whether a graph may change it in place."""
         return is_kept(x)
 
@@ -180,6 +178,7 @@ class Graphs:
     def _drop(self) -> None:
         self._graphs: dict[Name, Captured] = {}
         self._held: dict[Name, Any] = {}
+        self._stored: dict[str, tuple[Hashable, tuple[Tensor, ...]]] = {}
         self._seen: Counter[Name] = Counter()
 
 

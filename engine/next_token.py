@@ -1,16 +1,18 @@
 """What follows a text, for models that answer; its tokens one by one are replayed from a CUDA graph.
 
-A model has `embed`, `llm`, `graphs`, and `logits` of final hidden states.
+A model has `config.llm`, `embed`, `llm`, `graphs`, and `logits` of final hidden states.
 """
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from .kv_cache import ROUNDED, KVCache
+from ..kernels._op import launches
+from .kv_cache import KVCache
+from .layers.linear import as_row
 
+ROUNDED = 256  # positions to which a cache's room is rounded, so that other questions fit the same graph
 Cache = TypeVar("Cache", bound=KVCache)
 
 
@@ -18,16 +20,21 @@ def cache_to_answer(model: Any, kind: type[Cache], capacity: int, like: Tensor) 
     """A cache for at least so many positions, where a graph may write; the one before it must not be used any more."""
     c = model.config.llm
     shape = c.layers, c.kv_heads, -(-capacity // ROUNDED) * ROUNDED, c.head_dim
-    return kind(*model.graphs.own("token", shape, lambda: (like.new_empty(shape), like.new_empty(shape))))
+
+    def make() -> tuple[Tensor, Tensor]:
+        return like.new_empty(shape), like.new_empty(shape)
+
+    # Torch in place of our kernels waits for lengths, which nothing that is captured may.
+    return kind(*(model.graphs.storage("token", shape, make) if launches(like) else make()))
 
 
 def next_logits(model: Any, cache: KVCache, ids: Sequence[int]) -> Tensor:
     """Append ids to the cached text; logits (vocab) float32 of the token after them, until the next call."""
-    row = torch.tensor([ids], device=model.embed.weight.device)
+    row = as_row(ids, model.embed)
     if len(ids) > 1 or not model.llm.attend.ours:
         return model.logits(model.llm.extend(model.embed(row), cache)[0, -1]).float()
     given = model, row, *cache.next()
-    if model.graphs.owns(cache.keys):
+    if model.graphs.may_write(cache.keys):
         found = model.graphs.run("token", cache.keys.shape, token_logits, given)
     else:
         found = token_logits(*given)

@@ -128,22 +128,29 @@ class Placing:
 
     def _left(self, part: str) -> None:
         """A part that comes back comes to other addresses."""
-        staged = self.placement is not None and self.placement.where[part] == "staged"
-        if staged and part in in_graphs(self.loaded.family):
+        placement = self.placement
+        if placement is None or placement.where[part] != "staged":
+            return
+        if part in replayed(self.loaded.family, placement)[1]:
             self._forget_graphs()
 
     def _forget_graphs(self) -> None:
         graphs = self.loaded.model.graphs
         graphs.clear(graphs.off)
-        if self.placement is not None and "streamed" in self.placement.where.values():
-            for what in ("round", "token"):
-                graphs.failed[what] = "layers are streamed"  # and have no address that a graph could know
+        if self.placement is not None and is_streamed(self.loaded.family, self.placement):
+            graphs.failed[replayed(self.loaded.family, self.placement)[0]] = "layers are streamed"
 
 
-def in_graphs(family: Verbs) -> set[str]:
-    """The parts that run in stages which graphs replay."""
-    answering = family.needs("ask")["answer"] if "ask" in family.kinds else ()
-    return {*family.needs("generate")["sample"], *answering}
+def replayed(family: Verbs, placement: Placement) -> tuple[str, Sequence[str]]:
+    """What is captured whole of a request that is placed so, and the parts that it runs."""
+    if "answer" in placement.stages:
+        return "token", family.needs("ask")["answer"]
+    return "round", family.needs("generate")["sample"]
+
+
+def is_streamed(family: Verbs, placement: Placement) -> bool:
+    """Whether some of that has no address that a graph could know."""
+    return any(placement.where[part] == "streamed" for part in replayed(family, placement)[1])
 
 
 def no_room(error: DoesNotFit, beside: Overhead, failed: Placement | None = None, spare: int = 0) -> BudgetError:

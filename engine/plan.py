@@ -55,9 +55,8 @@ class Stage:
 class Plan:
     """`parts`: bytes of each part's weights. `calls`: every operation and how often, of `sample` or `sample/llm`.
 
-    Of pictures, `between_rounds` and `before_decode` are bytes that live at these moments beside the weights, `graphs`
-    what CUDA graphs would hold, by what is captured, and `history` the operations in order, each with the peak
-    meanwhile.
+    `graphs`: what CUDA graphs would hold, by what is captured; `history`: the operations in order, each with the peak
+    meanwhile. Of pictures, `between_rounds` and `before_decode` are bytes that live then beside the weights.
     """
 
     stages: dict[str, Stage]

@@ -7,7 +7,7 @@ In a diffusion head, where every one of few rows has its own modulation and gate
 Anything else that is a module, such as a layer of bitsandbytes, is called as it is.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -114,6 +114,11 @@ def linear_each(x: Tensor, layers: Iterable[nn.Module]) -> Iterator[Tensor]:
 def table(words: int, width: int) -> nn.Embedding:
     """Of embedded words, without values: to draw them, even on the meta device, torch would load its compiler."""
     return nn.Embedding.from_pretrained(torch.empty(words, width), freeze=False)
+
+
+def as_row(ids: Sequence[int], table: nn.Embedding) -> Tensor:
+    """ids (1, S) int64 where the table is."""
+    return torch.tensor([ids], dtype=torch.long, device=table.weight.device)
 
 
 def logits(x: Tensor, table: nn.Embedding) -> Tensor:

@@ -165,11 +165,7 @@ class Qwen2(nn.Module):
         positions (1, 1); keys, values (layers, K, capacity, d) are changed in place; lengths (1) int32: valid positions
         in them with this one. Many programs share the keys. For `Attention.ours`.
         """
-
-        def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return decode_attention(q, k, v, lengths)
-
-        inv_freq = self.frequencies(x.device, x.dtype)
+        inv_freq, mix = self.frequencies(x.device, x.dtype), partial(decode_attention, lengths=lengths)
         for index, layer in enumerate(self.layers):
             x = layer.follow(x, positions, inv_freq, mix, (keys[index][None], values[index][None]), lengths)
         return self.norm(x)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from unipic_run.engine.graphs import Graphs
 from unipic_run.engine.layers.attention import Attention
-from unipic_run.engine.layers.linear import logits
+from unipic_run.engine.layers.linear import as_row, logits
 from unipic_run.engine.layers.qwen2 import Qwen2, Qwen2Config, axes_tables
 from unipic_run.engine.models.deepgen import conditioner, vision
 from unipic_run.engine.models.deepgen.conditioner import PictureCache, Row
@@ -143,7 +143,7 @@ def seen(reader: Reader, tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, tu
 
 
 def pad_input(reader: Reader) -> Tensor:
-    return reader.embed(conditioner.as_row([PAD], reader.embed))
+    return reader.embed(as_row([PAD], reader.embed))
 
 
 def tapped_states(reader: Reader, rows: list[Tensor], at: list[Tensor | None]) -> list[Tensor]:

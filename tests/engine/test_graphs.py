@@ -104,10 +104,29 @@ def test_where_there_is_no_cuda_functions_just_run():
     assert graphs.hold("head", 3, begin(3)) is not fresh
 
 
-def test_without_triton_nothing_is_tried_that_waits_for_lengths(monkeypatch):
-    assert not Graphs().refusal("round", torch.device("cuda"))
-    monkeypatch.setattr(file, "HAS_TRITON", False)
-    assert "Triton" in Graphs().refusal("round", torch.device("cuda"))
+def test_storage_is_one_keys_at_a_time_and_no_graph_yet():
+    recorder, there = Recorder(), []
+    graphs = Graphs(recorder, "cpu")
+
+    def storage(length):
+        def make():
+            there.append(len(graphs._stored))
+            return (torch.zeros(length),)
+
+        return graphs.storage("token", length, make)
+
+    (first,) = storage(3)
+    assert storage(3)[0] is first and not graphs.holds and graphs.may_write(first)
+    recorder.watched = [first]
+    for _ in range(3):
+        graphs.run("token", 3, torch.Tensor.add_, (first, 1.0))
+    assert first.tolist() == [3.0] * 3 and graphs.counts.captures == 1 and graphs.holds, "changed in place, no copy"
+    (other,) = storage(4)
+    assert not graphs._graphs and len(graphs._stored) == 1, "a graph goes with what it writes to"
+    graphs.failed["token"] = "no"
+    (third,) = storage(5)
+    assert not graphs._stored and not graphs.may_write(third) and graphs.may_write(other)
+    assert there == [0, 0, 0], "the old one goes before there is a new one"
 
 
 def test_what_is_captured_at_sight_is_replayed_within_the_picture_and_in_the_next():

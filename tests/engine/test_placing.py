@@ -162,14 +162,29 @@ def test_parts_that_come_and_go_take_graphs_with_them_that_answer(under):
     engine = under(2**40)
     engine.ask(photo(), "what?", res=64, max_new_tokens=2)
     graphs, placing = engine.loaded.model.graphs, engine.placing
-    for part, forgotten in (("embed", True), ("llm", True), ("vae_encoder", False)):
-        graphs._held["token", 1] = (torch.ones(2),)
-        placing.placement = replace(placing.placement, where=placing.placement.where | {part: "staged"})
+    asked = placing.placement
+    engine.generate("a red fox", **HOW)
+    drawn = placing.placement
+    for found, part, forgotten in (
+        (asked, "embed", True),
+        (asked, "llm", True),
+        (asked, "mar_encoder", False),
+        (drawn, "embed", False),
+        (drawn, "mar_encoder", True),
+    ):
+        graphs._held["round", 1] = (torch.ones(2),)
+        placing.placement = replace(found, where={**found.where, part: "staged"})
         placing._left(part)
         assert graphs.holds is not forgotten, part
-    placing.placement = replace(placing.placement, where=placing.placement.where | {"llm": "streamed"})
-    placing._forget_graphs()
-    assert graphs.refusal("token", torch.device("cuda")) == "layers are streamed"
+    for found, part, refused in (
+        (asked, "llm", {"token"}),
+        (asked, "mar_encoder", set()),
+        (drawn, "llm", {"round"}),
+        (drawn, "embed", set()),
+    ):
+        placing.placement = replace(found, where={**found.where, part: "streamed"})
+        placing._forget_graphs()
+        assert graphs.failed.keys() == refused, part
 
 
 def nbytes(engine):

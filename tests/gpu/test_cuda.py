@@ -207,8 +207,12 @@ def test_graphs_give_the_answers_that_eager_gives(load, quant, attention, model)
     counts = graphs.counts
     captures, replays, misses = counts.captures, counts.replays, counts.misses
     assert answer() == answer() == eager and sum(map(len, eager)) > 4
-    assert graphs.failed == {} and counts.misses == misses
     assert counts.captures == captures + 1 and counts.replays > replays
+    asked["max_new_tokens"] = 300  # another cache, and then the first one's size anew
+    assert [ids[:12] for ids in answer()] == eager
+    asked["max_new_tokens"] = 12
+    assert answer() == eager and counts.captures == captures + 3
+    assert graphs.failed == {} and counts.misses == misses
 
 
 @pytest.mark.parametrize(("quant", "attention"), [("none", "sdpa"), ("int8", "int8-qk")])

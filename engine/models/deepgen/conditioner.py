@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kv_cache import KVCache
+from ...layers.linear import as_row
 from ...layers.qwen2 import Qwen2
 
 Grid = tuple[int, int]  # rows, columns of a picture in tokens
@@ -85,10 +86,6 @@ def embedded(embed: nn.Embedding, row: Row, image_token: int) -> Tensor:
         else:
             parts.append(next(features))
     return torch.cat(parts)[None]
-
-
-def as_row(ids: Sequence[int], embed: nn.Embedding) -> Tensor:
-    return torch.tensor([ids], dtype=torch.long, device=embed.weight.device)
 
 
 def tapped(layers: int, taps: int) -> list[int]:

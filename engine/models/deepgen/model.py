@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...graphs import Graphs
 from ...layers.attention import Attention
-from ...layers.linear import logits, table
+from ...layers.linear import as_row, logits, table
 from ...layers.qwen2 import Qwen2
 from ...layers.vae import VAEDecoder, VAEEncoder
 from ...layers.vae_bands import decode_in_bands
@@ -27,7 +27,7 @@ from ...schedules import FLOW_STEPS
 from ...task import Batch, Task
 from ...tokens import Tokens
 from . import conditioner
-from .conditioner import Grid, PictureCache, Row, as_row, positions, side_by_side, tapped, with_queries
+from .conditioner import Grid, PictureCache, Row, positions, side_by_side, tapped, with_queries
 from .config import DeepGenConfig as Config
 from .connector import Connector
 from .keys import TUNED as tuned  # noqa: F401 (the engine asks the family)

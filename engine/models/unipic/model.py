@@ -7,7 +7,7 @@ Letters: B images, R guidance rows (B, or 2B with guidance: conditional rows fir
 N tokens predicted in a round, D MAR width, H LLM width, S prompt length.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,7 +19,7 @@ from ...checks import PATCH
 from ...graphs import Graphs
 from ...kv_cache import ROUNDED, KVCache, Prompts
 from ...layers.attention import Attention
-from ...layers.linear import Linear, logits, table
+from ...layers.linear import Linear, as_row, logits, table
 from ...layers.qwen2 import Qwen2
 from ...layers.vae import VAEDecoder, VAEEncoder
 from ...layers.vae_bands import decode_in_bands
@@ -182,7 +182,8 @@ def condition(model: UniPic, tokens: Tokens, task: Task, batch: Batch, reuse: Co
     reuse = reuse or Conditions()
     source, seen = reuse.source, reuse.seen
     if task.kind == "edit" and seen is None:
-        seen = read_image(model, tokens, source.features)
+        x = with_image(model, tokens, source.features)
+        seen = filled(model, x, new_cache(model, x.shape[1], x))
     texts = [turn(task.kind, prompt) for prompt in batch.prompts]
     if task.guidance != 1.0:
         texts += [unconditional_turn(task.kind, task.negative)] * len(texts)
@@ -200,29 +201,28 @@ def condition(model: UniPic, tokens: Tokens, task: Task, batch: Batch, reuse: Co
 
 
 def read_image(model: UniPic, tokens: Tokens, seen: Tensor, spare: int = 0) -> KVCache:
-    """Prefill a turn's start and the image (1, n + buffer, H), which every prompt and question about it shares.
+    """The cache of an image (1, n + buffer, H), which all questions about it share, with room for `spare` positions."""
+    x = with_image(model, tokens, seen)
+    return filled(model, x, cache_to_answer(model, KVCache, x.shape[1] + spare, x))
 
-    `spare` positions are left for what follows, a question and its answer.
-    """
+
+def with_image(model: UniPic, tokens: Tokens, seen: Tensor) -> Tensor:
+    """LLM inputs (1, S, H) that all prompts and questions about an image begin with."""
     start = tokens.encode(turn("edit", "").partition(IMAGE)[0])
-    x = torch.cat([model.embed(as_row(start, model.embed.weight)), seen], dim=1)
-    length = x.shape[1]
-    cache = cache_to_answer(model, KVCache, length + spare, seen) if spare else new_cache(model, length, seen)
-    model.llm.extend(x, cache)
-    return cache
+    return torch.cat([model.embed(as_row(start, model.embed)), seen], dim=1)
 
 
 def prefill(model: UniPic, tokens: Tokens, text: str, seen: KVCache | None) -> KVCache:
     """The cache of one prompt; with `seen`, only what follows the image is computed."""
     ids = tokens.encode(text if seen is None else text.partition(IMAGE)[2])
-    x = model.embed(as_row(ids, model.embed.weight))
-    cache = new_cache(model, -(-len(ids) // ROUNDED) * ROUNDED, x, base=seen)
+    x = model.embed(as_row(ids, model.embed))
+    return filled(model, x, new_cache(model, -(-len(ids) // ROUNDED) * ROUNDED, x, base=seen))
+
+
+def filled(model: UniPic, x: Tensor, cache: KVCache) -> KVCache:
+    """With the keys and values of x (1, S, H) behind what it holds."""
     model.llm.extend(x, cache)
     return cache
-
-
-def as_row(ids: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor([ids], device=like.device)
 
 
 def look_to_answer(model: UniPic, pixels: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class Sampler:
             prompts = prompts.first(len(tokens))
             fixed = (*fixed[:-2], fixed[-2][: len(tokens)], fixed[-1])
         given = (tokens, plan.visible, of, plan.source, *fixed)
-        if not self.model.llm.attend.ours:  # other backends take the prompts' lengths from the host
+        if not (self.model.llm.attend.ours and launches(tokens)):  # else lengths are taken from the host, or waited for
             return self.model.understand(*given[:-4], prompts)
         key = (*self.shape, guided, plan.visible.shape[1], of.shape[1])
         return self.model.graphs.run("round", key, self.model.understand_tensors, given)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from unipic_run.engine import families, weights
 from unipic_run.engine.checkpoint.convert import convert
-from unipic_run.engine.models.deepgen.conditioner import as_row, side_by_side, tapped
+from unipic_run.engine.layers.linear import as_row
+from unipic_run.engine.models.deepgen.conditioner import side_by_side, tapped
 from unipic_run.engine.models.deepgen.recipe import ROTATION
 from unipic_run.quant.int8 import Int8Linear
 from unipic_run.quant.recipe import NONE, Recipe
