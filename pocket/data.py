@@ -25,7 +25,8 @@ from .scenes import BACKGROUNDS, COLOURS, SHAPES, SIDE, SIZES, Figure, Scene
 from .train_vae import Autoencoder, device_of, to_input
 
 # What is hard comes more often.
-DRAWN = (*CATEGORIES, "single object", "two objects", "counting", "position", "binding", "scene")
+TWO = ("two objects", "two objects", "binding", "binding")
+DRAWN = (*CATEGORIES, *TWO, "single object", "counting", "position", "scene")
 ASKED = (*questions.KINDS, "count", "where", "where", "yes or no", "yes or no")
 EDITED = (*KINDS, "recolour", "add", "move", "move")
 COVERS = 0.15  # share of a cell that an object must cover to be its label
