@@ -270,10 +270,12 @@ def _hint(terminal: Terminal, model: str | None, texts: Sequence[str]) -> None:
 
 
 def _tell(terminal: Terminal, answer: Answer) -> None:
-    """One of several answers; their seconds are added up."""
-    row = {"question": answer.settings["question"], "text": answer.text, "settings": answer.settings}
+    """One of several answers; of seconds in all, those of answers are added up, and each has its own beside it."""
+    row = {"question": answer.settings["question"], "text": answer.text, "ids": answer.ids}
+    row |= {"settings": answer.settings, "timings": answer.timings}
     before = terminal.data.get("timings", {"answer": 0.0})
-    timings = answer.timings | {"answer": before["answer"] + answer.timings["answer"]}
+    timings = {name: seconds for name, seconds in answer.timings.items() if name not in ("compile", "capture")}
+    timings["answer"] += before["answer"]
     terminal.data |= {"answers": [*terminal.data.get("answers", ()), row], "timings": timings}
     terminal.data |= {"peak_bytes": answer.peak_bytes, "attention": answer.attention}
     terminal.line(answer.text)

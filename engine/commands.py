@@ -68,7 +68,9 @@ def plan(
             f"{stage['seconds']:>8.2f}"
         )
     terminal.line(terminal.data["placement"]["line"])
-    if graphs := terminal.data["graphs"]["pool"] + terminal.data["graphs"]["kept"]:
+    if (waits := terminal.data["placement"]["waiting_seconds"]) >= 0.05:
+        terminal.line(f"stages compute; weights that are not there yet take {waits:.1f} s more")
+    if (graphs := terminal.data["graphs"]["pool"] + terminal.data["graphs"]["kept"]) >= 0.05 * GIB:
         fit = "would take" if terminal.data["graphs"]["fit"] else "find no room: they want"
         terminal.line(f"CUDA graphs {fit} {graphs / GIB:.1f} GiB beside it")
     if left := terminal.data["left_to_torch"]:
@@ -77,6 +79,8 @@ def plan(
     if plot:
         save_plot(asked, plot, overwrite)
         terminal.data["plot"] = plot
+    if length := terminal.data.get("max_new_tokens"):
+        terminal.say(f"an answer of {length} tokens")
     terminal.say("predicted from fixed rates, not measured; what torch reserves is an estimate")
 
 

@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, Unpack, overload
 
@@ -105,7 +105,7 @@ class Engine(Worker):
         """Text to image. `res` is the side of a square, `size` (width, height); multiples of 16.
 
         Other keywords are the fields of `Sampling`: n, steps, guidance, cfg_schedule, temperature, negative, speed and
-        what it stands for (head_steps, order, cfg_interval, cfg_cache, solver, block_cache), batch_size, preview_every.
+        the shortcuts (head_steps, order, cfg_interval, cfg_cache, solver, block_cache), batch_size, preview_every.
         Without a seed one is drawn and reported. A list of prompts gives prompts x n images, copy i of each with
         seed + i. `noise` replaces the seeds' randomness, one source an image: then settings have no seed and `seeds`
         is empty. Whatever `on_event` raises ends the call and comes out of it as it is.
@@ -165,9 +165,7 @@ class Engine(Worker):
         return self._images(request, make_task, noise, on_event, as_token(cancel), how)
 
     @overload
-    def ask(
-        self, image: ImageSource, question: str, *, stream: Literal[True], **how: Unpack[AskOptions]
-    ) -> Iterator[str]: ...
+    def ask(self, image: ImageSource, question: str, *, stream: Literal[True], **how: Unpack[AskOptions]) -> Stream: ...
     @overload
     def ask(self, image: ImageSource, question: str, **how: Unpack[AskOptions]) -> Answer: ...
     @overload
@@ -186,8 +184,8 @@ class Engine(Worker):
         stream: bool = False,
         cancel: CancelToken | None = None,
         on_answer: Callable[[Answer], object] | None = None,
-    ) -> Answer | list[Answer] | Iterator[str]:
-        """Image and question to text: an `Answer`, or with `stream` its pieces as they come.
+    ) -> Answer | list[Answer] | Stream:
+        """Image and question to text: an `Answer`, or with `stream` its pieces as they come; `close()` ends them early.
 
         A list of questions gives a list of answers, and `on_answer` hears each at once; the picture is read only once.
         Temperature 0 is greedy.

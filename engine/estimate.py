@@ -76,6 +76,7 @@ class Asked:
             "steps": self.task and self.task.steps,
             **({} if self.task is None else {name: getattr(self.task, name) for name in SHORTCUTS}),
             "images": self.images,
+            **({"max_new_tokens": LIMIT} if self.task is None else {}),
             "quant": self.forecast.recipe.scheme,
             "dtype": dtype_name(loaded.dtype),
             "attention": loaded.family.attention_backend(loaded.model),
@@ -223,6 +224,7 @@ def told(asked: Asked) -> dict[str, Any]:
         }
         for name, peak, stage, seconds in stages_of(plan, placement, asked.card)
     }
+    computing = -(-asked.images // placement.at_once) * sum(stage["seconds"] for stage in stages.values())
     return {
         **asked.settings(),
         "stages": stages,
@@ -235,6 +237,7 @@ def told(asked: Asked) -> dict[str, Any]:
             "peak_bytes": placement.peak,
             "reserved_bytes": min(max(reserved.values()) + graphs.nbytes * fit_too, room),
             "seconds": placement.seconds,
+            "waiting_seconds": max(0.0, placement.seconds - computing),
             "line": describe(placement),
         },
     }

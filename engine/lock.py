@@ -34,7 +34,7 @@ class CallLock:
         if self._holder == threading.get_ident():
             raise UsageError(
                 "this engine is still busy with a call of the same thread",
-                "read the streamed answer to its end, or close() it, before the next call",
+                "return from the callback, or read the streamed answer to its end or close() it, before the next call",
             )
 
     def adopt(self) -> None:

@@ -38,7 +38,7 @@ class Result:
     seeds: tuple[int, ...]  # of each image; empty where `noise` made them
     settings: tuple[dict[str, Any], ...]
     timings: dict[str, float]  # stage -> seconds; of these, what went into `compile` and `capture`, if anything did
-    peak_bytes: int | None  # largest device memory held; None where the device does not tell
+    peak_bytes: int | None  # largest device memory held, on a CPU by the process so far; None where it is not told
     attention: str  # the backend really used
 
 
@@ -49,7 +49,7 @@ class Answer:
     text: str
     ids: tuple[int, ...]  # generated tokens
     settings: dict[str, Any]
-    timings: dict[str, float]
+    timings: dict[str, float]  # as of a Result; reading the picture is in those of all answers about it
     peak_bytes: int | None
     attention: str
 

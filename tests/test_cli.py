@@ -301,10 +301,13 @@ def test_answers_are_told_when_they_are_there(run, model, photo, monkeypatch):
 
 
 def test_the_seconds_of_several_answers_are_added_up(run, model, photo, monkeypatch):
-    seconds = iter(({"look": 1.0, "answer": 2.0}, {"look": 1.0, "answer": 4.0}))
+    times = {"look": 1.0, "answer": 2.0, "compile": 1.5, "capture": 0.5}, {"look": 1.0, "answer": 4.0}
+    seconds = iter(times)
     monkeypatch.setattr("unipic_run.engine.run.Clock.seconds", property(lambda clock: next(seconds)))
     code, out, _ = run("ask", photo, "what?", "and this?", "-m", model, "--max-new-tokens", "1", "--json")
     assert code == 0 and json.loads(out)["timings"] == {"look": 1.0, "answer": 6.0}
+    answers = json.loads(out)["answers"]
+    assert [row["timings"] for row in answers] == [*times] and all(len(row["ids"]) == 1 for row in answers)
 
 
 def test_a_drawn_seed_is_said_where_nothing_else_tells_it(run, model, photo):

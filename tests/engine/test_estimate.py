@@ -78,13 +78,15 @@ def test_reserved_memory_and_graphs_are_told_beside_the_peak():
     seen = estimate("unipic", "ask", vram=5)
     assert seen["placement"]["where"]["mar_encoder"] == "streamed" != seen["placement"]["where"]["llm"]
     assert seen["graphs"]["kept"] > 0, "what only looks at the picture does not matter"
-    assert asked["steps"] is None
+    assert asked["steps"] is None and asked["max_new_tokens"] == 64 and "max_new_tokens" not in whole
 
 
 def test_less_memory_moves_more_and_takes_longer():
     whole, tight = (estimate("unipic", "gen", **SMALL, quant="int8", vram=vram) for vram in (None, 1.6))
     assert tight["placement"]["peak_bytes"] < 1.1 * GIB < whole["placement"]["peak_bytes"]
     assert tight["placement"]["seconds"] > whole["placement"]["seconds"]
+    waits = [found["placement"]["waiting_seconds"] for found in (whole, tight)]
+    assert waits[0] == pytest.approx(0.0, abs=1e-9) and waits[1] > 0.1
     assert "streamed" in tight["placement"]["line"]
 
 
