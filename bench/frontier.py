@@ -1,6 +1,8 @@
 """Quality against predicted time, of results of bench/shortcuts.py, as a picture; the first that has a way tells of it.
 
 python bench/frontier.py bench/results/shortcuts-presets-DATE.json bench/results/shortcuts-DATE.json docs/speed.png
+
+Seconds are predicted anew: a result has those of its day.
 """
 
 import argparse
@@ -14,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 from unipic_run.bench.checkout import require_this_checkout
+from unipic_run.bench.shortcuts import WAYS, predicted
 from unipic_run.engine.plot import FAINT, INK, PANEL, PAPER, SCALE, Pen
 from unipic_run.engine.png_metadata import save_png
 
@@ -56,6 +59,7 @@ class Scales:
 def draw(results: Sequence[Mapping[str, Any]]) -> Image.Image:
     """Every way is a numbered dot with the interval of its loss, from the cheapest on; names beside."""
     found: dict[str, Row] = {name: row for result in reversed(results) for name, row in result["ways"].items()}
+    found = {name: {**row, "predicted": predicted(WAYS[name])} for name, row in found.items()}
     ways = sorted(found.items(), key=lambda way: way[1]["predicted"])
     rows = [row for _, row in ways]
     scales = Scales(

@@ -26,7 +26,6 @@ EIGHT = {"quant": "int8", "attention": "int8-qk"}
 KNOWN = {  # seconds over a limit that is missed, which are not to be more
     "unipic in bf16, exact": 6.83,
     "unipic in int8, exact": 3.16,
-    "unipic in int8, balanced": 1.65,
 }
 PREDICTED = (  # seconds of a picture: model, precision, speed, limit
     ("unipic", {}, "exact", 6.8),

@@ -41,7 +41,8 @@ def test_rounds_and_head_steps_are_shares_of_the_models():
 
 def test_every_way_is_made_of_the_same_prompts_and_another_sitting_goes_on(capsys, monkeypatch, tmp_path):
     """Seconds of the big model are planned elsewhere."""
-    monkeypatch.setattr(shortcuts, "predicted", lambda how: 1.0)
+    for bench in (shortcuts, frontier):
+        monkeypatch.setattr(bench, "predicted", lambda how: 1.0)
     monkeypatch.setattr(paired, "TURN", 4)
     out, png = tmp_path / "prices.json", tmp_path / "prices.png"
     asked = ["--each", "1", "--device", "cpu", "--only", "half the rounds", "--out", str(out)]

@@ -64,7 +64,7 @@ def test_an_architecture_is_found_as_a_model_is(
 @pytest.mark.parametrize(
     ("name", "speed", "chosen"),
     [
-        ("unipic", "balanced", {"head_steps": (50, 10), "cfg_cache": 2.0}),
+        ("unipic", "balanced", {"head_steps": (40, 10), "cfg_cache": 2.0}),
         ("unipic", "fast", {"steps": 24, "head_steps": (20, 10), "order": "gtr", "cfg_cache": 2.0}),
         ("deepgen", "balanced", {"steps": 28}),
         ("deepgen", "fast", {"steps": 18}),

@@ -10,7 +10,7 @@ LEAST_STEPS = 2  # of the head
 def speeds(config: UniPicConfig) -> dict[str, dict[str, Any]]:
     """Fields of a Task; docs/speed.md has what they cost."""
     return {
-        "balanced": {"head_steps": _head(config, 0.5, 0.1), "cfg_cache": 2.0},
+        "balanced": {"head_steps": _head(config, 0.4, 0.1), "cfg_cache": 2.0},
         "fast": {
             "steps": max(1, round(0.75 * config.rounds)),
             "head_steps": _head(config, 0.2, 0.1),
