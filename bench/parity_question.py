@@ -42,7 +42,7 @@ def replay_question(engine: Engine, case: Case) -> Ledger:
     ledger.compare("x_enc", features, NETWORK)
     picture = watch.prefills[0]
     ledger.compare("z_enc", picture.x[:, len(picture.ids) :], NETWORK)
-    prompt = watch.prefills[: len(watch.prefills) - len(watch.logits) + 1]  # the rest are tokens fed back
+    prompt = watch.prefills[:2]  # the picture and the question
     ledger.compare("input_ids", [prompt_ids(prompt, engine.config.image_token)], EXACT)
     ledger.compare("inputs_embeds", joined(prompt, "x")[None], NETWORK)
     ledger.compare("prefill_hidden", joined(prompt, "hidden")[None], NETWORK)
