@@ -24,8 +24,9 @@ def cache_to_answer(model: Any, kind: type[Cache], capacity: int, like: Tensor) 
     def make() -> tuple[Tensor, Tensor]:
         return like.new_empty(shape), like.new_empty(shape)
 
-    # Torch in place of our kernels waits for lengths, which nothing that is captured may.
-    return kind(*(model.graphs.storage("token", shape, make) if launches(like) else make()))
+    # Other backends take lengths from the host, and torch in place of our kernels waits for them: neither is captured.
+    captured = model.llm.attend.ours and launches(like)
+    return kind(*(model.graphs.storage("token", shape, make) if captured else make()))
 
 
 def next_logits(model: Any, cache: KVCache, ids: Sequence[int]) -> Tensor:

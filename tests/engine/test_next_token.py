@@ -9,6 +9,7 @@ from PIL import Image
 from unipic_run.engine import next_token
 from unipic_run.engine.errors import BudgetError
 from unipic_run.engine.graphs import Graphs
+from unipic_run.engine.layers.attention import Attention
 
 LIMIT = 6
 QUESTIONS = ["what is this?", "how many cats are in the picture?", "is it night?"]
@@ -75,10 +76,15 @@ def test_memory_that_runs_out_before_there_is_a_graph_does_not_cost_the_graphs(e
     assert not any("CUDA graphs" in str(one.message) for one in said) and not model.graphs.off
 
 
-def test_without_our_kernels_nothing_is_captured(engine, monkeypatch):
-    monkeypatch.setattr(next_token, "launches", lambda x: False)
+@pytest.mark.parametrize("why", ["Triton is not here", "another backend"])
+def test_without_our_kernels_nothing_is_captured(engine, monkeypatch, why):
+    expected = answers(engine, photo(0))
+    if why == "another backend":
+        monkeypatch.setattr(Attention, "ours", False)
+    else:
+        monkeypatch.setattr(next_token, "launches", lambda x: False)
     graphs = engine.loaded.model.graphs = Graphs(capture, "cpu")
-    assert answers(engine, photo(0)) and graphs.counts.eager == 0 and not graphs._stored
+    assert answers(engine, photo(0)) == expected and graphs.counts.eager == 0 and not graphs._stored
 
 
 def test_without_graphs_a_cache_is_nobody_elses(engine):
