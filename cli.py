@@ -8,7 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated
+from itertools import pairwise
+from typing import Annotated, Any
 
 import typer
 from unipic_run import __version__
@@ -256,8 +257,19 @@ def _call(arguments: list[str], terminal: Terminal) -> int:
         if not hasattr(error, "format_message"):  # the parser's errors, whose class depends on the version of typer
             raise
         where = getattr(getattr(error, "ctx", None), "command_path", "unipic-run")
-        raise UsageError(error.format_message().rstrip("."), f"see {where} --help") from None
+        what, given = error.format_message().rstrip("."), _given(arguments, getattr(error, "param", None))
+        what += f", not {given[:100]!r}" if given and given not in what else ""
+        raise UsageError(what, f"see {where} --help") from None
     return 0
+
+
+def _given(arguments: Sequence[str], option: Any) -> str | None:
+    """What the line gives an option that the parser refused, which some versions of typer do not tell."""
+    for word, after in pairwise([*arguments, ""]):
+        name, _, value = word.partition("=")
+        if name in getattr(option, "opts", ()):
+            return value or after
+    return None
 
 
 def _hint(terminal: Terminal, model: str | None, texts: Sequence[str]) -> None:
@@ -271,7 +283,7 @@ def _hint(terminal: Terminal, model: str | None, texts: Sequence[str]) -> None:
 
 def _tell(terminal: Terminal, answer: Answer) -> None:
     """One of several answers; of seconds in all, those of answers are added up, and each has its own beside it."""
-    row = {"question": answer.settings["question"], "text": answer.text, "ids": answer.ids}
+    row = {"question": answer.settings["question"], "text": answer.text, "ids": answer.ids, "cut": answer.cut}
     row |= {"settings": answer.settings, "timings": answer.timings}
     before = terminal.data.get("timings", {"answer": 0.0})
     timings = {name: seconds for name, seconds in answer.timings.items() if name not in ("compile", "capture")}

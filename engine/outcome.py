@@ -48,6 +48,7 @@ class Answer:
 
     text: str
     ids: tuple[int, ...]  # generated tokens
+    cut: bool  # whether max_new_tokens ended it
     settings: dict[str, Any]
     timings: dict[str, float]  # as of a Result; reading the picture is in those of all answers about it
     peak_bytes: int | None

@@ -1,5 +1,6 @@
 """Answering questions about one picture, which is read once."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from .device import memory_peak, out_of_memory
-from .errors import BudgetError
+from .errors import BudgetError, UnipicWarning
 from .making import tell_caller
 from .noise import PhiloxNoise
 from .outcome import Answer, CancelToken
@@ -48,6 +49,9 @@ class Reader:
                         given.append(token)
                         yield token
                 self.clock.say()
+                if request.cuts(given):
+                    what = f"answer cut at its limit of {len(given)} tokens"
+                    warnings.warn(f"{what}: raise --max-new-tokens (max_new_tokens)", UnipicWarning, stacklevel=1)
                 return
             except BudgetError as error:
                 self.cache = None
@@ -117,6 +121,7 @@ def answer_all(
             Answer(
                 text=reader.tokens.decode(ids),
                 ids=ids,
+                cut=request.cuts(ids),
                 settings=settings,
                 timings=clock.seconds,
                 peak_bytes=memory_peak(clock.device),

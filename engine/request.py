@@ -124,6 +124,10 @@ class AskRequest:
         if self.top_p == 0.0:
             raise UsageError("top_p is 0", "use a value above 0, or temperature 0 for greedy decoding")
 
+    def cuts(self, ids: Sequence[int]) -> bool:
+        """Whether the limit ended an answer of these tokens, which would otherwise have gone on, or stopped here."""
+        return len(ids) == self.max_new_tokens
+
 
 class AskOptions(TypedDict, total=False):
     """The keywords of `ask` for type checkers."""

@@ -185,6 +185,13 @@ def test_shortcuts_that_are_none_are_refused(run, model, options, said):
     assert code == 2 and said in err and not pngs()
 
 
+@pytest.mark.parametrize("words", [("--res", "abc"), ("--res=abc",), ("-n", "1.5"), ("--steps", "1.5")])
+def test_what_the_parser_refuses_is_told(run, words):
+    code, _, err = run("gen", "x", *words)
+    value = words[-1].rpartition("=")[2]
+    assert code == 2 and words[0].partition("=")[0] in err and repr(value) in err and err.count("\n") == 1
+
+
 def test_auto_says_what_it_chose_and_pictures_do_not_say_auto(run, model):
     code, _, err = run(
         "gen", "x", "-m", model, *QUICK, "--quant", "auto", "--vram", "auto", "--drop-idle", "-o", "a.png"
@@ -276,11 +283,14 @@ def test_edit_a_mask_and_outpainting(run, model, photo):
 def test_ask_streams_one_answer_and_lists_several(run, model, photo):
     options = ("-m", model, "--max-new-tokens", "8")
     code, out, err = run("ask", photo, "what is it?", *options)
-    assert code == 0 and out.endswith("\n") and out.strip() and not err
+    cut = "note: answer cut at its limit of 8 tokens: raise --max-new-tokens (max_new_tokens)\n"
+    assert code == 0 and out.endswith("\n") and out.strip() and err == cut
+    assert not run("ask", photo, "what is it?", *options, "-q")[2]
     code, several, _ = run("ask", "-", "what is it?", "and this?", *options, "--json", stdin=Path(photo).read_bytes())
     found = json.loads(several)
     assert code == 0 and [row["question"] for row in found["answers"]] == ["what is it?", "and this?"]
     assert found["answers"][0]["text"].startswith(out.rstrip("\n")) and found["attention"] == "sdpa"
+    assert all(row["cut"] and len(row["ids"]) == 8 for row in found["answers"])
 
 
 def test_answers_are_told_when_they_are_there(run, model, photo, monkeypatch):

@@ -3,6 +3,8 @@
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +169,23 @@ def test_streamed_answer_is_the_answer(tiny_engine: Engine, photo: Image.Image) 
     pieces = list(tiny_engine.ask(photo, "what is this?", res=64, max_new_tokens=12, stream=True))
     assert len(answer.ids) <= 12 and len(pieces) > 3
     assert "".join(pieces) == answer.text, "with the bytes that never became a character"
+
+
+def test_an_answer_tells_whether_the_limit_ended_it(tiny_engine: Engine, photo: Image.Image, monkeypatch) -> None:
+    ask = partial(tiny_engine.ask, photo, "what is this?", res=64)
+    with pytest.warns(UnipicWarning, match="cut at its limit of 5 tokens: raise"):
+        limited = ask(max_new_tokens=5)
+    assert limited.cut and len(limited.ids) == 5
+    with pytest.warns(UnipicWarning, match="cut at its limit of 5 tokens"):
+        list(ask(max_new_tokens=5, stream=True))
+    # The tiny model's weights are random: it is made to end where it would say its fourth token.
+    ended = limited.ids.index(limited.ids[3])
+    config = replace(tiny_engine.loaded.model.config, eos_token=limited.ids[3])
+    monkeypatch.setattr(tiny_engine.loaded.model, "config", config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnipicWarning)
+        whole = ask(max_new_tokens=5)
+    assert not whole.cut and whole.ids == limited.ids[:ended]
 
 
 def test_questions_about_one_picture_do_not_influence_each_other(tiny_engine: Engine, photo: Image.Image) -> None:
