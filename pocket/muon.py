@@ -3,10 +3,13 @@
 Convolutions count as matrices (out, in * height * width). First and last layers, embeddings and vectors are AdamW's.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+
+from ..kernels.linear import in_software
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, tuned by its authors for few rounds
@@ -14,16 +17,20 @@ ROUNDS = 5
 ENDS = ("embed", "conv_in", "conv_out", "quant_conv", "token", "latent", "final", "input_proj", "z_proj", "hints")
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """U V^T of a matrix U S V^T, roughly: singular values end between 0.7 and 1.2."""
+def orthogonal(matrices: Tensor) -> Tensor:
+    """U V^T of each matrix U S V^T of (..., rows, columns), roughly: singular values end between 0.7 and 1.2.
+
+    In bfloat16, as its authors do, where that is not emulated.
+    """
     a, b, c = COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x if in_software(x.bfloat16()) else x.bfloat16()
     for _ in range(ROUNDS):
-        square = x @ x.T
+        square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return x.T if tall else x
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 class Optimiser:
@@ -48,14 +55,17 @@ class Optimiser:
         for group in self.adam.param_groups:
             group["lr"] = share * self.rate
         self.adam.step()
+        rate = share * self.matrix_rate
+        alike: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
         for name, p in self.matrices.items():
-            if p.grad is None:
-                continue
-            self.momenta[name].lerp_(p.grad, 1 - MOMENTUM)
-            ahead = p.grad.lerp(self.momenta[name], MOMENTUM).flatten(1)
-            rows, columns = ahead.shape
-            move = orthogonal(ahead).view(p.shape) * max(1.0, rows / columns) ** 0.5
-            p.mul_(1 - share * self.matrix_rate * self.weight_decay).sub_(move, alpha=share * self.matrix_rate)
+            if p.grad is not None:
+                self.momenta[name].lerp_(p.grad, 1 - MOMENTUM)
+                ahead = p.grad.lerp(self.momenta[name], MOMENTUM).flatten(1)
+                alike[ahead.shape].append((p, ahead))
+        for (rows, columns), some in alike.items():
+            moves = orthogonal(torch.stack([ahead for _, ahead in some])) * max(1.0, rows / columns) ** 0.5
+            for (p, _), move in zip(some, moves, strict=True):
+                p.mul_(1 - rate * self.weight_decay).sub_(move.view(p.shape), alpha=rate)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The state, by name."""

@@ -1,11 +1,13 @@
 """Training runs the model that inference runs, goes down, and is the same whether interrupted or not."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from unipic_run import Engine
 from unipic_run.engine.layers.vae import VAEConfig
 from unipic_run.engine.models.unipic import model as family
@@ -15,6 +17,7 @@ from unipic_run.engine.noise import PhiloxNoise
 from unipic_run.engine.schedules import reveal_rounds
 from unipic_run.engine.task import Batch, Task
 from unipic_run.engine.tokens import Tokens
+from unipic_run.kernels.linear import in_software
 from unipic_run.pocket import losses
 from unipic_run.pocket.batches import Answers, Draw, Seen, words_of
 from unipic_run.pocket.config import GRID, pocket_config
@@ -22,7 +25,7 @@ from unipic_run.pocket.data import Shard, label, looks
 from unipic_run.pocket.export import export
 from unipic_run.pocket.head_losses import head_losses
 from unipic_run.pocket.losses import PREDICTED, Hints, Named, answer_losses, chosen, conditions, packed
-from unipic_run.pocket.muon import orthogonal
+from unipic_run.pocket.muon import Optimiser, orthogonal
 from unipic_run.pocket.painter import paint
 from unipic_run.pocket.plans import DecoderPlan, JointPlan, Sizes, VAEPlan
 from unipic_run.pocket.samples import sample
@@ -30,7 +33,7 @@ from unipic_run.pocket.scenes import COLOURS, SHAPES, SIZES, Figure, Scene
 from unipic_run.pocket.sitting import Plan, Run, generator, sit
 from unipic_run.pocket.tokenizer import END, UNKNOWN, pocket_tokenizer
 from unipic_run.pocket.train_decoder import AT_ONCE, SHARES, Wanted, redrawn, train_decoder, weighed
-from unipic_run.pocket.train_joint import Joint, initialise, joint_losses, train_joint
+from unipic_run.pocket.train_joint import Joint, fast_products, initialise, joint_losses, train_joint
 from unipic_run.pocket.train_vae import Autoencoder, crops, judge_vae, train_vae, vae_losses
 from unipic_run.pocket.vocabulary import vocabulary
 
@@ -250,6 +253,33 @@ def test_the_weights_of_a_plan_reach_what_they_weigh(config, vae, tokens, monkey
     torch.testing.assert_close(found["loss"], parts)
 
 
+@pytest.mark.parametrize("step", [1, 2])  # with edits, and with answers
+def test_fast_products_lead_where_float32_does(config, vae, tokens, random_model, step, monkeypatch):
+    joint = Joint(config)
+    joint.model.load_state_dict(random_model.state_dict())
+    shard, device = Shard(2, 0, Sizes(scenes=4, edits=4)).encode(vae, 1.0, None), torch.device("cpu")
+
+    def found(context):
+        with context:
+            draw = Draw(np.random.default_rng(1), [shard], tokens, device)
+            total = joint_losses(joint, tokens, TINY_PLAN, draw, step)["loss"]
+        joint.zero_grad()
+        total.backward()
+        gradients = [p.grad.flatten() for p in joint.trained().values() if p.grad is not None]
+        assert {gradient.dtype for gradient in gradients} == {torch.float32}
+        return total.detach(), torch.cat(gradients)
+
+    loss, gradient = found(nullcontext())
+    fast, fast_gradient = found(fast_products(device))
+    torch.testing.assert_close(fast, loss, rtol=1e-2, atol=0.0)
+    assert F.cosine_similarity(gradient, fast_gradient, dim=0) > 0.999
+    monkeypatch.setattr("unipic_run.pocket.train_joint.in_software", lambda x: True)
+    emulated, emulated_gradient = found(fast_products(device))
+    assert torch.equal(emulated, loss) and torch.equal(emulated_gradient, gradient)
+    if not in_software(torch.empty(0, dtype=torch.bfloat16)):
+        assert not torch.equal(fast, loss), "products are taken in bfloat16"
+
+
 def test_questions_about_one_picture_stand_without_pads(tokens):
     words = words_of(tokens, ["what?", "where is the ring?", "count the stars", "what?"], ["blue", "left", "two", "a"])
     ids, answers, number, place = packed(words, 2)
@@ -398,6 +428,23 @@ def test_the_decoder_learns_from_what_the_model_draws_and_nothing_else_changes(
     assert all(torch.equal(kept[0][name], kept[1][name]) for name in before)
     assert all(torch.equal(before[name], kept[0][name]) for name in before if not name.startswith("vae_decoder."))
     assert not torch.equal(before["vae_decoder.conv_out.weight"], kept[0]["vae_decoder.conv_out.weight"])
+
+
+def test_muon_moves_alike_matrices_together_as_if_alone():
+    noise = generator(4, 4)
+    matrices = torch.randn(3, 24, 16, generator=noise)
+    alone = torch.stack([orthogonal(matrix) for matrix in matrices])
+    torch.testing.assert_close(orthogonal(matrices), alone, rtol=0.02, atol=0.02)
+    shapes = {"matrix": (24, 16), "convolution": (24, 4, 2, 2), "vector": (8,)}
+    weights = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+    optimiser = Optimiser(weights, rate=0.1, matrix_rate=1.0, weight_decay=0.0)
+    for weight in weights.values():
+        weight.grad = torch.randn(weight.shape, generator=noise)
+    optimiser.step(1.0)
+    for weight in (weights["matrix"], weights["convolution"]):
+        expected = -orthogonal(weight.grad.flatten(1)).view(weight.shape) * (24 / 16) ** 0.5
+        torch.testing.assert_close(weight.detach(), expected, rtol=0.02, atol=0.02)
+    assert weights["vector"].detach().abs().allclose(torch.tensor(0.1), rtol=1e-3), "AdamW's"
 
 
 @pytest.mark.parametrize("shape", [(24, 64), (64, 24)])
