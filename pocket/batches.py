@@ -85,7 +85,7 @@ class Draw:
 
     def pictures(self, count: int) -> Pictures:
         shard, chosen = self._chosen("samples", count)
-        texts = [turn("generate", phrase(self._spec(shard.samples[i]), self.rng)) for i in chosen]
+        texts = [turn("generate", phrase(self._spec(shard.samples[i]), self.rng, ordered=True)) for i in chosen]
         made = self._seen(shard.latents, shard.labels, chosen)
         return Pictures(made, self._words(self._dropped(texts, "generate")))
 

@@ -25,6 +25,7 @@ from .sitting import Losses
 
 VARIANCE_WEIGHT = 1.0  # of one timestep's term, a thousandth of the whole bound
 PREDICTED = 32  # tokens a picture at most
+SLIPS = 0.3  # deviations of noise on visible tokens, at most: a request's own are drawn, and not as clean as painted
 
 
 class Named(nn.Module):
@@ -178,7 +179,9 @@ def picture_losses(
     visible = order[:, masked:].sort(dim=1).values
     predicted, weights = chosen(order[:, :masked], labels[:, :-1] > 0, object_weight)
     sources = batch.source and batch.source.latents
-    z, x_con = conditions(model, tokens, batch.words, sources, latents, visible, predicted)
+    slips = SLIPS * torch.rand(rows, 1, 1, generator=noise) * torch.randn(latents.shape, generator=noise)
+    known = latents + slips.to(latents.device)
+    z, x_con = conditions(model, tokens, batch.words, sources, known, visible, predicted)
     made = select_tokens(latents, predicted)
     losses = head_losses(model.head, z.flatten(0, 1), made.flatten(0, 1), weights.flatten(), noise)
     losses["hint"] = hints.foreseen(z, labels, predicted)

@@ -107,11 +107,13 @@ def refer(rng: Generator, scene: Scene, figure: Figure, hide: str = "") -> str |
     return the(fitting[int(rng.integers(len(fitting)))], rng) if fitting else None
 
 
-def phrase(spec: Spec, rng: Generator) -> str:
-    """One of the prompts that ask for the spec."""
+def phrase(spec: Spec, rng: Generator, ordered: bool = False) -> str:
+    """One of the prompts that ask for the spec; `ordered` names groups in its order, but for those all placed."""
     parts = [placed(counted(group, rng), group.place, rng) for group in spec.groups]
     if spec.relation is not None:
         what = _related(spec, parts, rng)
+    elif ordered and not all(group.place for group in spec.groups):
+        what = listed(parts)
     else:
         what = listed([parts[i] for i in rng.permutation(len(parts))])
     if spec.background is not None:

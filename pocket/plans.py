@@ -108,4 +108,6 @@ PHASES: tuple[VAEPlan | JointPlan | DecoderPlan, ...] = (
     DecoderPlan(steps=2000, seed=15, shard=Sizes(scenes=160, edits=96), shards=10),
     replace(MIXED, steps=2500, seed=16, pictures=28, edits=24, rate=7e-4, matrix_rate=0.0035, decay=0.81),
     DecoderPlan(steps=2000, seed=17, shard=Sizes(scenes=160, edits=96), shards=10),
+    replace(MIXED, steps=2200, seed=18, pictures=28, edits=24, rate=7e-4, matrix_rate=0.0035, decay=0.81),
+    DecoderPlan(steps=2000, seed=19, shard=Sizes(scenes=160, edits=96), shards=10),
 )

@@ -114,7 +114,7 @@ class Drawn:
 
 
 def _made(model: UniPic, tokens: Tokens, shard: Shard, rng: Generator, noise: torch.Generator) -> tuple[Tensor, Tensor]:
-    generated = Wanted("generate", [phrase(sample.spec, rng) for sample in shard.samples], shard.latents)
+    generated = Wanted("generate", [phrase(sample.spec, rng, ordered=True) for sample in shard.samples], shard.latents)
     edited = Wanted("edit", [edit.instruction for edit in shard.edits], shard.targets, shard.sources)
     again = [redrawn(model, tokens, part, rng, noise) for wanted in (generated, edited) for part in wanted.parts()]
     return torch.cat([shard.latents, shard.targets]), torch.cat(again)

@@ -149,6 +149,19 @@ def test_a_composition_follows_the_order_of_the_prompt():
     }
 
 
+def test_a_training_prompt_names_groups_in_the_order_in_which_they_stand():
+    rng, ring, star = np.random.default_rng(0), Group("ring"), Group("star")
+
+    def first(*groups, ordered):
+        said = (phrase(Spec(groups), rng, ordered) for _ in range(40))
+        return {text.index("ring") < text.index("star") for text in said}
+
+    assert first(ring, star, ordered=True) == {True}
+    assert first(ring, replace(star, place="left"), ordered=True) == {True}
+    placed = replace(ring, place="right"), replace(star, place="left")
+    assert first(*placed, ordered=True) == first(ring, star, ordered=False) == {True, False}
+
+
 def circle(x, y, colour="red", shape="circle", radius=12.0):
     return Figure(shape, colour, x, y, radius)
 

@@ -18,13 +18,23 @@ from unipic_run.engine.schedules import reveal_rounds
 from unipic_run.engine.task import Batch, Task
 from unipic_run.engine.tokens import Tokens
 from unipic_run.kernels.linear import in_software
-from unipic_run.pocket import losses
+from unipic_run.pocket import batches, losses
 from unipic_run.pocket.batches import Answers, Draw, Seen, words_of
 from unipic_run.pocket.config import GRID, pocket_config
 from unipic_run.pocket.data import Shard, label, looks
 from unipic_run.pocket.export import export
 from unipic_run.pocket.head_losses import head_losses
-from unipic_run.pocket.losses import PREDICTED, Hints, Named, answer_losses, chosen, conditions, packed
+from unipic_run.pocket.losses import (
+    PREDICTED,
+    SLIPS,
+    Hints,
+    Named,
+    answer_losses,
+    chosen,
+    conditions,
+    packed,
+    picture_losses,
+)
 from unipic_run.pocket.muon import Optimiser, orthogonal
 from unipic_run.pocket.painter import paint
 from unipic_run.pocket.plans import DecoderPlan, JointPlan, Sizes, VAEPlan
@@ -223,6 +233,37 @@ def test_only_tokens_with_weight_move_the_head(random_model):
     found = head_losses(random_model.head, z, x, weights, generator(5, 2))
     (found["noise"] + found["variance"]).backward()
     assert z.grad.any(dim=1).tolist() == (weights > 0).tolist()
+
+
+@pytest.mark.parametrize("kind", ["pictures", "edits"])
+def test_only_visible_tokens_are_a_little_off_in_training(config, vae, tokens, random_model, kind, monkeypatch):
+    shard, seen = Shard(2, 0, Sizes(scenes=4, edits=4)).encode(vae, 1.0, None), {}
+
+    def recorded(model, tokens, words, sources, known, *plan):
+        seen.update(known=known, sources=sources)
+        return conditions(model, tokens, words, sources, known, *plan)
+
+    def told(head, z, x, weights, noise):
+        seen["made"] = x
+        return head_losses(head, z, x, weights, noise)
+
+    monkeypatch.setattr(losses, "conditions", recorded)
+    monkeypatch.setattr(losses, "head_losses", told)
+    batch = getattr(Draw(np.random.default_rng(1), [shard], tokens, torch.device("cpu")), kind)(4)
+    hints = Hints(config.mar.width, config.mar.channels)
+    picture_losses(random_model, hints, tokens, batch, 0.5, generator(1, 1), 1.0)
+    off = (seen["known"] - batch.made.latents).flatten(1).std(1)
+    assert (off > 0).all() and (off < 1.1 * SLIPS).all() and off.unique().numel() == 4
+    clean = {tuple(token) for token in batch.made.latents.flatten(0, 1).tolist()}
+    assert all(tuple(token) in clean for token in seen["made"].tolist())
+    assert seen["sources"] is (batch.source and batch.source.latents)
+
+
+def test_prompts_of_training_name_groups_in_order(vae, tokens, monkeypatch):
+    shard, ways = Shard(2, 0, Sizes(scenes=4, edits=1)).encode(vae, 1.0, None), []
+    monkeypatch.setattr(batches, "phrase", lambda spec, rng, ordered=False: ways.append(ordered) or "a ring")
+    Draw(np.random.default_rng(1), [shard], tokens, torch.device("cpu")).pictures(4)
+    assert ways == [True] * 4
 
 
 def test_the_weights_of_a_plan_reach_what_they_weigh(config, vae, tokens, monkeypatch):
