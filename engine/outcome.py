@@ -48,7 +48,7 @@ class Answer:
 
     text: str
     ids: tuple[int, ...]  # generated tokens
-    cut: bool  # whether max_new_tokens ended it
+    cut: bool  # whether it has max_new_tokens, the most it may have
     settings: dict[str, Any]
     timings: dict[str, float]  # as of a Result; reading the picture is in those of all answers about it
     peak_bytes: int | None

@@ -50,7 +50,7 @@ class Reader:
                         yield token
                 self.clock.say()
                 if request.cuts(given):
-                    what = f"answer cut at its limit of {len(given)} tokens"
+                    what = f"the answer to {request.question[:60]!r} was cut at {len(given)} tokens"
                     warnings.warn(f"{what}: raise --max-new-tokens (max_new_tokens)", UnipicWarning, stacklevel=1)
                 return
             except BudgetError as error:

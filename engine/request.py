@@ -125,7 +125,7 @@ class AskRequest:
             raise UsageError("top_p is 0", "use a value above 0, or temperature 0 for greedy decoding")
 
     def cuts(self, ids: Sequence[int]) -> bool:
-        """Whether the limit ended an answer of these tokens, which would otherwise have gone on, or stopped here."""
+        """Whether an answer has as many tokens as the limit allows; whether it was at its end nobody has asked."""
         return len(ids) == self.max_new_tokens
 
 

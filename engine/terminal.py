@@ -31,6 +31,7 @@ class Terminal:
         self.data: dict[str, Any] = {}  # the object of `--json`
         self._bar: Bar | None = None
         self._noted: set[str] = set()
+        self._in_line, self._waiting = False, []  # notes wait for the end of a line that comes in pieces
 
     def __enter__(self) -> "Terminal":
         sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()
@@ -66,20 +67,26 @@ class Terminal:
 
     def stream(self, pieces: Iterator[str]) -> None:
         """One line of data in pieces; ended also when the work is not."""
-        begun = False
         try:
             for piece in pieces:
                 self.piece(piece)
-                begun = begun or bool(piece)
+                self._in_line = self._in_line or bool(piece)
         finally:
-            if begun:
+            if self._in_line:
+                self._in_line = False
                 self.line("")
+            waiting, self._waiting = self._waiting, []
+            for sentence in waiting:
+                self._remark(f"note: {sentence}")
 
     def note(self, sentence: str) -> None:
         """A remark that does not stop the work, each one once; errors alone are shown with `quiet`."""
         if sentence not in self._noted and not self.quiet:
             self._noted.add(sentence)
-            self._remark(f"note: {sentence}")
+            if self._in_line:
+                self._waiting.append(sentence)
+            else:
+                self._remark(f"note: {sentence}")
 
     def say(self, sentence: str) -> None:
         """What happens next, before something slow."""

@@ -35,7 +35,7 @@ def place_tokens_ref(x, visible, source, base, position) -> Tensor:
     buffer, visible = x.shape[1] - visible.shape[1], _for_rows(visible, rows)
     full = base.expand(rows, position.shape[0], width).clone()
     full[:, :buffer] = x[:, :buffer]
-    tokens = x[:, buffer:].to(full.dtype)  # training under autocast has others
+    tokens = x[:, buffer:].to(full.dtype)  # under autocast, in training, x is bfloat16 and a mask token float32
     full = full.scatter(1, (visible + buffer)[..., None].expand(-1, -1, width), tokens)
     return full + position
 

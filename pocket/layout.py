@@ -1,9 +1,9 @@
 """From a spec to one of the many scenes that meet it: free attributes drawn, objects placed without touching.
 
 Pictures of a prompt are composed: objects whose places it does not say stand where `COMPOSITIONS` puts as many of them,
-in the prompt's order, and sizes it does not say follow from the number. Colours, backgrounds, and a little of place,
-size, angle and shading are free. So a small model can learn what a prompt looks like, which it could not if an object
-might stand anywhere. Scenes of edits and questions are not composed: there the picture is given.
+in the order of the spec's groups, and sizes it does not say follow from the number. Colours, backgrounds, and a little
+of place, size, angle and shading are free. So a small model can learn what a prompt looks like, which it could not if
+an object might stand anywhere. Scenes of edits and questions are not composed: there the picture is given.
 """
 
 from collections.abc import Sequence

@@ -25,7 +25,7 @@ from .sitting import Losses
 
 VARIANCE_WEIGHT = 1.0  # of one timestep's term, a thousandth of the whole bound
 PREDICTED = 32  # tokens a picture at most
-SLIPS = 0.3  # deviations of noise on visible tokens, at most: a request's own are drawn, and not as clean as painted
+SLIPS = 0.3  # deviations of noise on visible tokens, at most: those of a request were drawn by the model
 
 
 class Named(nn.Module):

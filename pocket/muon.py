@@ -20,13 +20,13 @@ ENDS = ("embed", "conv_in", "conv_out", "quant_conv", "token", "latent", "final"
 def orthogonal(matrices: Tensor) -> Tensor:
     """U V^T of each matrix U S V^T of (..., rows, columns), roughly: singular values end between 0.7 and 1.2.
 
-    In bfloat16, as its authors do, where that is not emulated.
+    In bfloat16, as its authors do, but for CPUs that emulate it.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    x = x if in_software(x.bfloat16()) else x.bfloat16()
+    x = x if in_software(x.new_empty(0, dtype=torch.bfloat16)) else x.bfloat16()
     for _ in range(ROUNDS):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x

@@ -108,7 +108,7 @@ def refer(rng: Generator, scene: Scene, figure: Figure, hide: str = "") -> str |
 
 
 def phrase(spec: Spec, rng: Generator, ordered: bool = False) -> str:
-    """One of the prompts that ask for the spec; `ordered` names groups in its order, but for those all placed."""
+    """One of the prompts that ask for the spec; `ordered` keeps the order of groups unless all are placed."""
     parts = [placed(counted(group, rng), group.place, rng) for group in spec.groups]
     if spec.relation is not None:
         what = _related(spec, parts, rng)

@@ -1,7 +1,7 @@
 """The joint phases: LLM, MAR and head together, on generation, edits and questions, over a frozen autoencoder."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -82,17 +82,23 @@ def joint_losses(joint: Joint, tokens: Tokens, plan: JointPlan, draw: Draw, step
 
 @contextmanager
 def fast_products(device: torch.device) -> Iterator[None]:
-    """Products in bfloat16 where they are not emulated; weights and their steps stay in float32.
+    """Products in bfloat16, but for CPUs that emulate it; weights and their steps stay in float32.
 
     On a CPU attention is made of such products too: torch's own there takes two to three times as long with gradients.
     """
     if in_software(torch.empty(0, dtype=torch.bfloat16, device=device)):
         yield
-        return
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # it concerns CPUs too
-    attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-    with torch.autocast(device.type, torch.bfloat16), attention:
-        yield
+    elif device.type != "cpu":
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
+    else:
+        before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # it concerns CPUs too: attention in bfloat16
+        try:
+            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+                yield
+        finally:
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def train_joint(

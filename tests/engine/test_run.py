@@ -11,6 +11,7 @@ import torch
 from unipic_run.engine.errors import UnipicWarning
 from unipic_run.engine.graphs import Graphs
 from unipic_run.engine.reading import Reader
+from unipic_run.engine.request import AskRequest
 from unipic_run.engine.run import Clock, Pacer
 from unipic_run.kernels import _warm_up
 from unipic_run.kernels._op import launch
@@ -115,7 +116,8 @@ def test_an_answer_says_it_once_and_how_long_it_took_at_its_end(heard: list[dict
     def answered() -> list[str]:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            assert list(Reader.answer(SimpleNamespace(clock=clock, _ids=ids), None, None)) == list(range(len(kernels)))
+            reader = SimpleNamespace(clock=clock, _ids=ids)
+            assert list(Reader.answer(reader, AskRequest("what?", 64), None)) == list(range(len(kernels)))
         return [str(one.message) for one in said]
 
     assert len(staged(clock, "condition", Kernel())) == 1
