@@ -8,8 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from unipic_run import __version__
@@ -257,24 +256,10 @@ def _call(arguments: list[str], terminal: Terminal) -> int:
         if not hasattr(error, "format_message"):  # the parser's errors, whose class depends on the version of typer
             raise
         where = getattr(getattr(error, "ctx", None), "command_path", "unipic-run")
-        what, given = error.format_message().rstrip("."), _given(arguments, getattr(error, "param", None))
+        what, given = error.format_message().rstrip("."), a.value_of(getattr(error, "param", None), arguments)
         what += f", not {given[:100]!r}" if given is not None and repr(given) not in what else ""
         raise UsageError(what, f"see {where} --help") from None
     return 0
-
-
-def _given(arguments: Sequence[str], option: Any) -> str | None:
-    """The word that a line gives an option, of several the last, as parsed; some versions of typer do not tell it."""
-    if getattr(option, "param_type_name", None) != "option":
-        return None
-    end, found = arguments.index("--") if "--" in arguments else len(arguments), None
-    for word, after in pairwise([*arguments[:end], ""]):
-        name, equals, value = word.partition("=")
-        if name in option.opts:
-            found = value if equals else after
-        elif word[:2] in option.opts:  # -n4
-            found = word[2:]
-    return found
 
 
 def _hint(terminal: Terminal, model: str | None, texts: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -187,6 +188,20 @@ def edited_size(
     left, top, right, bottom = margins or (0, 0, 0, 0)
     width, height = (-(-pixels // PATCH) * PATCH for pixels in (size[0] + left + right, size[1] + top + bottom))
     return width, height
+
+
+def value_of(option: Any, arguments: Sequence[str]) -> str | None:
+    """What a line gives one of the parser's options, of several words the last; errors of some versions do not tell it."""
+    if getattr(option, "param_type_name", None) != "option":
+        return None
+    end, found = arguments.index("--") if "--" in arguments else len(arguments), None
+    for word, after in pairwise([*arguments[:end], ""]):
+        name, equals, value = word.partition("=")
+        if name in option.opts:
+            found = value if equals else after
+        elif word[:2] in option.opts:  # -n4
+            found = word[2:]
+    return found
 
 
 def loading(asked: dict[str, Any], **more: Any) -> dict[str, Any]:

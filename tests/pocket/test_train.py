@@ -314,7 +314,7 @@ def test_fast_products_lead_where_float32_does(config, vae, tokens, random_model
     allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     fast, fast_gradient = found(fast_products(device))
     assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() is allowed
-    torch.testing.assert_close(fast, loss, rtol=1e-2, atol=0.0)
+    torch.testing.assert_close(fast, loss, rtol=1e-3, atol=0.0)
     assert F.cosine_similarity(gradient, fast_gradient, dim=0) > 0.9999
     monkeypatch.setattr("unipic_run.pocket.train_joint.in_software", lambda x: True)
     emulated, emulated_gradient = found(fast_products(device))
