@@ -191,7 +191,7 @@ def edited_size(
 
 
 def value_of(option: Any, arguments: Sequence[str]) -> str | None:
-    """What a line gives one of the parser's options, of several words the last; errors of some versions do not tell it."""
+    """What a line gives one of the parser's options, of several words the last; not all versions tell it."""
     if getattr(option, "param_type_name", None) != "option":
         return None
     end, found = arguments.index("--") if "--" in arguments else len(arguments), None

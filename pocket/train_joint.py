@@ -84,7 +84,7 @@ def joint_losses(joint: Joint, tokens: Tokens, plan: JointPlan, draw: Draw, step
 def fast_products(device: torch.device) -> Iterator[None]:
     """Products in bfloat16, but for CPUs that emulate it; weights and their steps stay in float32.
 
-    On a CPU attention is made of such products too: with gradients torch's own takes twice as long there.
+    On a CPU attention is made of such products too: with gradients torch's own takes about twice as long there.
     """
     if in_software(torch.empty(0, dtype=torch.bfloat16, device=device)):
         yield
