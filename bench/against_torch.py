@@ -5,11 +5,14 @@ never listed: no graph could capture it, and the host would wait in the middle o
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from unipic_run.bench import ops
 from unipic_run.bench.agreement import agreement
+from unipic_run.bench.drawn import drawn
 from unipic_run.kernels._registry import Check
 from unipic_run.kernels._tuned import call_class
 
@@ -34,6 +37,7 @@ def calls_beside_torch(checks: Iterable[Check], names: set[str] | None, repeat: 
 
 
 def measured(check: Check, repeat: int) -> dict[str, Any]:
+    check = replace(check, case=replace(check.case, make=partial(drawn, check.case)))
     operator, arguments = check.operator, check.case.make(ops.DEVICE)
     row = {"operator": operator.name, "key": call_class(arguments), "seconds": 0.0, "torch_seconds": 0.0}
     again = ops.restoring(operator, arguments)

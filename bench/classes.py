@@ -9,15 +9,15 @@ class of over 10 % of the time has to reach 60 % of its roof, or bench/causes.js
 
 Takes the options of bench/latency.py that say which picture of which model. A table, then one JSON line; exit status 1
 where a class falls short, or a kernel could not be had and torch was timed in its place. On a CPU there is no roof
-worth the name: the way is gone and no class is judged. When its time is up (SIGTERM), it tells of the part of the
-picture that it came to, judges nothing and fails.
+worth the name: the way is gone and no class is judged. When its time is up (SIGTERM) or something fails, it tells of
+the part of the picture that it came to, judges nothing and fails.
 """
 
 import json
 import signal
 import sys
+import traceback
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from unipic_run.bench import latency
 from unipic_run.bench.checkout import require_this_checkout
 from unipic_run.bench.ops import Stopped, measured_roof, roofline, stop
 from unipic_run.bench.stopwatch import stopwatch, time_a_picture
-from unipic_run.engine.device import current
+from unipic_run.engine.device import as_device, current
 from unipic_run.engine.meter import Call
 from unipic_run.engine.precision import true_float32
 from unipic_run.engine.sampling import EXACT
@@ -43,16 +43,22 @@ def main(arguments: list[str] | None = None) -> int:
     options = latency.parse(arguments)
     if options.speed != EXACT:
         sys.exit("--speed: classes of operations are timed in exact pictures, leave it out")
-    with latency.load(options, root) as engine, current(engine.device):
-        summary = latency.describe(options, engine) | {"bench": "classes"}
-        cuda = engine.device.type == "cuda"
-        with torch.inference_mode(), true_float32():
-            roof = measured_roof(REPEAT, engine.device.type)
-        watch, stopped = stopwatch(engine.device), True
-        signal.signal(signal.SIGTERM, stop)
-        with suppress(Stopped):
+    summary: dict[str, Any] = {"bench": "classes"}
+    device, roof, stopped = as_device(options.device), {}, True
+    watch, cuda = stopwatch(device), device.type == "cuda"
+    signal.signal(signal.SIGTERM, stop)
+    try:  # whatever ends it, what was timed so far is told
+        with current(device), latency.load(options, root) as engine:
+            summary |= latency.describe(options, engine)
+            with torch.inference_mode(), true_float32():
+                roof = measured_roof(REPEAT, device.type)
             time_a_picture(watch, engine.loaded, latency.PROMPT, options.res, options.iters, options.batch)
             stopped = False
+    except Stopped:
+        pass
+    except Exception as error:
+        traceback.print_exc()
+        summary["error"] = f"{type(error).__name__}: {error}"
     rows = classes({call: times for call, times in watch.calls.items() if call in watch.seconds}, watch.seconds, roof)
     causes, judged = stated(CAUSES, architecture()) if cuda else {}, cuda and not stopped
     short = [row["class"] for row in rows if falls_short(row) and row["class"] not in causes] if judged else []

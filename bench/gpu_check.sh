@@ -76,7 +76,8 @@ part environment 20 "$PYTHON" -c 'import sys; from unipic_run.cli import main; s
 if command -v nvidia-smi >/dev/null; then part nvidia-smi 10 nvidia-smi -q; fi
 part compile 100 "$PYTHON" bench/compile_ahead.py
 part parity 60 "${parity[@]}"
-SIGNAL=INT part gpu-tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests # pytest tells its results on Ctrl-C
+# What runs the engine on the card comes first, and a Ctrl-C ends it with its results told.
+SIGNAL=INT part gpu-tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/gpu tests/[!bg]* tests/bench
 part bf16 75 "${latency[@]}" --tasks gen --repeat 2 --plan
 part int8 85 "${latency[@]}" --tasks gen --repeat 2 --plan --quant int8 --attn int8-qk
 part targets 15 "$PYTHON" bench/targets.py "$OUT/bf16.log" "$OUT/int8.log"
@@ -89,11 +90,11 @@ part classes 60 "${classes[@]}"
 part parity-int8 40 "${parity[@]}" --quant int8 --attn int8-qk
 part vram 100 "$PYTHON" bench/vram.py "${memory[@]}"
 part latency 75 "${latency[@]}" --vram-cap 15
-part torch-only 45 env UNIPIC_RUN_TRITON=0 "${latency[@]}" --tasks gen --repeat 2
+part torch-only 45 env UNIPIC_RUN_TRITON=0 "${latency[@]}" --tasks gen --warm-up 1 --repeat 1
 part int8-balanced 40 "${at_speed[@]}" --tasks gen --repeat 2 --quant int8 --attn int8-qk --speed balanced
 part int8-fast 40 "${at_speed[@]}" --tasks gen --repeat 2 --quant int8 --attn int8-qk --speed fast
 part deepgen-fast 50 "${deepgen_at_speed[@]}" --tasks gen --repeat 2 --quant int8 --attn int8-qk --speed fast
-part batch-of-4 40 "${latency[@]}" --tasks gen --batch 4
+part batch-of-4 60 "${latency[@]}" --tasks gen --batch 4
 part deepgen 80 "${deepgen_latency[@]}" --tasks edit,ask --quant int8 --attn int8-qk
 
 "$PYTHON" bench/gpu_summary.py "$work/parts.tsv" "$OUT" || failed=1

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from unipic_run.bench.checkout import require_this_checkout
 from unipic_run.bench.vram import slug
+from unipic_run.bench.vram_watch import last_json
 
 TAIL = 4000  # characters of a log that are kept when it holds no JSON or its part failed
 
@@ -43,16 +44,6 @@ def part(log: Path, status: int, seconds: int) -> dict[str, Any]:
     result = last_json(text)
     found = {"status": status, "seconds": seconds, "result": result}
     return found if result is not None and status == 0 else found | {"tail": text[-TAIL:]}
-
-
-def last_json(text: str) -> Any:
-    """The whole text as JSON, else its last line, else None."""
-    for candidate in (text, (text.strip().splitlines() or [""])[-1]):
-        try:
-            return json.loads(candidate)
-        except ValueError:
-            continue
-    return None
 
 
 if __name__ == "__main__":

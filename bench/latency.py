@@ -19,9 +19,9 @@ import signal
 import statistics
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -43,14 +43,15 @@ from unipic_run.engine.device import as_device, current, dtype_name, memory_peak
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.errors import UnipicError, UnipicWarning
 from unipic_run.engine.outcome import Event
+from unipic_run.engine.outline import KINDS
+from unipic_run.engine.request import TASKS
 from unipic_run.engine.sampling import EXACT, SPEEDS
 
 TOKENIZER = Path("tests/data/unipic-tiny/Qwen2.5-1.5B-Instruct/tokenizer.json")
-TASKS = ("gen", "edit", "ask")
-KINDS = {"gen": "generate", "edit": "edit"}  # of those that make pictures
 ROUNDS = 32
 PROMPT = "a red fox in deep snow at night"
 QUESTION = "What is in the picture?"
+UNSETTLED = 1  # exit status where runs compiled or captured too much, or tasks are left
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,14 +59,19 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     signal.signal(signal.SIGTERM, stop)
     summary: dict[str, Any] = {"bench": "latency", "tasks": {}, "left": list(options.tasks)}
+    status = 0
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        try:
-            with suppress(Stopped):  # when time is up, what was measured so far still counts
-                measure_all(root, options, summary)
+        try:  # whatever ends it, what was measured so far still counts
+            measure_all(root, options, summary)
+        except Stopped:
+            pass
         except UnipicError as error:
             print(f"error: {error}", file=sys.stderr)
-            return error.exit_code
+            summary["error"], status = str(error), error.exit_code
+        except Exception as error:
+            traceback.print_exc()
+            summary["error"], status = f"{type(error).__name__}: {error}", UNSETTLED
     summary["warnings"] = list(dict.fromkeys(str(warning.message) for warning in told))
     for text in dict.fromkeys(str(w.message) for w in told if not issubclass(w.category, UnipicWarning)):
         complain(text)
@@ -73,8 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     unsettled = [f"{task}: {text}" for task, found in summary["tasks"].items() for text in found["unsettled"]]
     for text in unsettled:
         complain(text)
-    print(json.dumps(summary | {"passed": not (unsettled or summary["left"])}))
-    return 1 if unsettled or summary["left"] else 0
+    status = status or (UNSETTLED if unsettled or summary["left"] else 0)
+    print(json.dumps(summary | {"passed": not status}))
+    return status
 
 
 def measure_all(root: Path, options: argparse.Namespace, summary: dict[str, Any]) -> None:

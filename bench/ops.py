@@ -55,17 +55,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{said}\n{json.dumps({'bench': 'ops', 'skipped': said})}")
         return 0
     wanted = [check for check in checks("gpu") if not options.only or check.operator.name in options.only]
-    with torch.inference_mode(), true_float32():
+    roof, rows = {}, []
+    signal.signal(signal.SIGTERM, stop)
+    with suppress(Stopped), torch.inference_mode(), true_float32():  # at the end of its time, what it has still counts
         roof = measured_roof(options.repeat)
         print("roof, in 1e12 a second:", ", ".join(f"{name} {value / 1e12:.2f}" for name, value in roof.items()))
         print(f"{'operator: case':<64} {'us':>9} {'torch us':>9} {'ratio':>6} {'% of roof':>9} {'launches':>8}")
-        rows = []
-        signal.signal(signal.SIGTERM, stop)
-        with suppress(Stopped):  # when time is up, what was measured so far still counts
-            for check in wanted:
-                rows.append(row := one(check, roof, options.repeat))
-                print(line(row), flush=True)
-                torch.cuda.empty_cache()
+        for check in wanted:
+            rows.append(row := one(check, roof, options.repeat))
+            print(line(row), flush=True)
+            torch.cuda.empty_cache()
     wrong = [row["check"] for row in rows if row["problem"]]
     passed, slower = len(rows) == len(wanted) > 0 and not wrong, slower_than_torch(rows)
     unlisted = [row for row in slower if not row["torch_is_used"]]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from unipic_run.bench.checkout import require_this_checkout
-from unipic_run.bench.gpu_summary import last_json
+from unipic_run.bench.vram_watch import last_json
 from unipic_run.engine.estimate import estimate
 
 OVER_ARITHMETIC, OF_BF16 = 1.35, 0.5

@@ -32,6 +32,7 @@ from unipic_run.bench.agreement import agreement
 from unipic_run.bench.aot import on_meta, workers
 from unipic_run.bench.aot_compile import build, specialised
 from unipic_run.bench.checkout import require_this_checkout
+from unipic_run.bench.drawn import drawn
 from unipic_run.engine.gpus import SHARED_PER_BLOCK
 from unipic_run.engine.precision import true_float32
 from unipic_run.kernels import _tuned
@@ -237,7 +238,7 @@ def compiled(
 
 def remembered(check: Check) -> Check:
     """The same, but arguments and the reference's results are made once for all candidates."""
-    arguments, results = check.case.make(ops.DEVICE), []
+    arguments, results = drawn(check.case, ops.DEVICE), []
 
     def reference(*wide: Any) -> Any:
         if not results:

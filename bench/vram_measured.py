@@ -1,14 +1,14 @@
 """Scenarios on a real device: each in fresh processes that load a checkpoint as a user's would, and are looked at."""
 
-import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
+from unipic_run.bench.latency import UNSETTLED
 from unipic_run.bench.vram_gates import Report
 from unipic_run.bench.vram_scenarios import Scenario
-from unipic_run.bench.vram_watch import Done, Driver, last_line, run_watched
+from unipic_run.bench.vram_watch import Done, Driver, last_json, last_line, run_watched
 
 PEAKS = ("allocated_bytes", "reserved_bytes", "nvml_bytes", "host_bytes", "load_bytes", "load_reserved_bytes")
 
@@ -41,9 +41,9 @@ def told(done: Done, task: str) -> Report:
     """What one process has measured of itself, and what was seen of it."""
     if done.status is None:
         return {"error": "took too long"}
-    if done.status:
+    said = last_json(done.stdout) or {}
+    if done.status not in (0, UNSETTLED) or task not in said.get("tasks", {}):
         return {"error": last_line(done.stderr)}
-    said = json.loads(done.stdout.splitlines()[-1])
     measured, load, nvml = said["tasks"][task], said["load"]["memory"] or {}, done.seen.nvml_bytes
     report = {
         name: value for name, value in measured["memory"].items() if name in ("allocated_bytes", "reserved_bytes")
@@ -55,7 +55,8 @@ def told(done: Done, task: str) -> Report:
         report |= {"predicted_bytes": placement["peak_bytes"], "predicted_stages": placement["peaks"]}
         report |= {"line": placement["line"], "captures": said["graphs"]["captures"]}
     report |= {"milliseconds": measured["milliseconds"], "load_seconds": said["load"]["seconds"]}
-    report |= {"warnings": said["warnings"], "strangers": sorted(done.seen.strangers)}
+    report |= {"warnings": said["warnings"], "unsettled": measured["unsettled"]}
+    report |= {"strangers": sorted(done.seen.strangers)}
     report |= {"nvml_missing": done.seen.nvml_missing} if nvml is None else {}
     return report | {"process_rss_bytes": said["peak_rss_bytes"], "versions": said["versions"]}
 

@@ -164,5 +164,15 @@ def host_bytes(pid: int) -> int | None:
     return sum(found) if found else None
 
 
+def last_json(text: str) -> Any:
+    """The whole text as JSON, else its last line, else None."""
+    for candidate in (text, (text.strip().splitlines() or [""])[-1]):
+        try:
+            return json.loads(candidate)
+        except ValueError:
+            continue
+    return None
+
+
 def last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no message"])[-1][:500]

@@ -151,7 +151,7 @@ class Graphs:
 
     def _take(self, name: Name, function: Callable[..., Any], given: tuple[Any, ...], device: torch.device) -> None:
         if len(self._graphs) >= MOST:
-            self._drop()
+            self._abandon(device)
         start = time.perf_counter()
         try:
             given = keep(given)
@@ -160,7 +160,7 @@ class Graphs:
             what, why = name[0], reason(error)
             self.failed[what] = why
             if isinstance(error, torch.OutOfMemoryError):  # the rest of the model needs what graphs have taken
-                self._drop()
+                self._abandon(device)
             self._tell(f"the CUDA graph {what!r} could not be captured ({why}): it runs uncaptured, more slowly")
         else:
             self._graphs[name] = Captured(function, given, replay, result)
@@ -169,6 +169,15 @@ class Graphs:
             seconds = time.perf_counter() - start
             self.counts.seconds += seconds
             captured(seconds)
+
+    def _abandon(self, device: torch.device) -> None:
+        """Drop everything in the middle of work, when the device has come to its end.
+
+        torch waits for the stream of a capture before it unmaps the memory, not for those on which graphs are replayed.
+        """
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self._drop()
 
     def _tell(self, sentence: str) -> None:
         if sentence not in self._told:

@@ -146,6 +146,22 @@ def test_what_was_timed_is_told_when_time_is_up(tiny_release, capsys, monkeypatc
     assert summary["seconds"] == pytest.approx(6e-3)
 
 
+def test_what_was_timed_before_a_failure_is_told(tiny_release, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("UNIPIC_RUN_CACHE", str(tmp_path))
+
+    def failing(watch, *how):
+        watch.calls.update({PRODUCT: 3})
+        watch.seconds[PRODUCT] = 2e-3
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(classes, "time_a_picture", failing)
+    model = ("--model", str(tiny_release), "--random-weights", "--device", "cpu", "--dtype", "fp32")
+    assert classes.main([*model, "--res", "64", "--iters", "2", "--json"]) == 1
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["error"] == "RuntimeError: an illegal memory access" and not summary["passed"]
+    assert summary["seconds"] == pytest.approx(6e-3) and not summary["judged"]
+
+
 def test_a_tiny_picture_goes_all_the_way(tiny_release, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("UNIPIC_RUN_CACHE", str(tmp_path))
     model = ("--model", str(tiny_release), "--random-weights", "--device", "cpu", "--dtype", "fp32")

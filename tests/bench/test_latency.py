@@ -12,6 +12,7 @@ import pytest
 import torch
 from unipic_run.bench import calls, latency
 from unipic_run.engine import families
+from unipic_run.engine.errors import BudgetError
 from unipic_run.engine.graphs import Counts
 from unipic_run.engine.models.unipic.config import RELEASED
 
@@ -31,6 +32,24 @@ def test_measures_every_task(tiny_release, tmp_path, monkeypatch, capsys, weight
         assert len(task["round_milliseconds"]) == (0 if name == "ask" else 2)
     assert summary["versions"]["torch"] == torch.__version__ and summary["passed"] and summary["left"] == []
     assert summary["load"]["seconds"] > 0 and summary["graphs"]["captures"] == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(BudgetError("out of memory", "less"), 3), (RuntimeError("an illegal memory access"), 1)]
+)
+def test_what_was_measured_before_a_failure_is_told(tiny_release, capsys, monkeypatch, error, status):
+    run = latency.run
+
+    def failing(engine, task, options):
+        if task == "edit":
+            raise error
+        return run(engine, task, options)
+
+    monkeypatch.setattr(latency, "run", failing)
+    assert latency.main(["--model", str(tiny_release), *QUICK, "--random-weights", "--json"]) == status
+    summary = json.loads(capsys.readouterr().out)
+    assert list(summary["tasks"]) == ["gen"] and summary["left"] == ["edit", "ask"] and not summary["passed"]
+    assert str(error) in summary["error"]
 
 
 def test_tells_what_the_dry_run_foresees_in_int8_too(tiny_release, capsys):

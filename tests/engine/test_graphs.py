@@ -459,6 +459,7 @@ def test_a_capture_that_waits_fails_cleanly_on_a_card():
             assert torch.equal(graphs.run("wait", 0, waiting, (x,), after=1), x + 1000)
         assert "capturing" in graphs.failed["wait"] and graphs.counts.captures == 0
         torch.cuda.empty_cache()  # which torch refuses during a capture
+        assert torch.randn(8, device="cuda").isfinite().all(), "a caller's own generator is in no capture either"
         eager, weight = cuda_walk("cuda")
         state = graphs.hold("step", 64, (eager.clone(), weight))
         for _ in range(4):
