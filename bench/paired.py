@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.errors import UsageError
-from unipic_run.pocket.exam import Sampling, generations
+from unipic_run.engine.sampling import SamplingOptions
+from unipic_run.pocket.exam import generations
 from unipic_run.pocket.samples import Sample
 
 TURN = 24  # pictures of a way
@@ -27,7 +28,7 @@ RESAMPLED = 10_000
 @dataclass(frozen=True)
 class Way:
     engine: Engine
-    how: Sampling
+    how: SamplingOptions
 
 
 def parser_of(prog: str, description: str, names: Iterable[str]) -> argparse.ArgumentParser:

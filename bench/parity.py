@@ -99,7 +99,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="instead of DIR/checkpoint")
     parser.add_argument("--case", help="replay only this one")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
-    parser.add_argument("--dtype", default="fp32", choices=["fp32"], help="the precision the tolerances are for")
     parser.add_argument("--quant", default="none", choices=["none", "int8"], help="the model in fewer bits")
     parser.add_argument("--attn", default="sdpa", choices=["sdpa", "int8-qk"], help="attention backend")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
@@ -185,6 +184,7 @@ def print_case(name: str, report: dict[str, Any]) -> None:
 
 
 def strain(check: dict[str, Any]) -> float:
+    """How much of the tolerance is used up."""
     if check["tolerance"] is None:
         return -1.0
     if check["error"] is None:

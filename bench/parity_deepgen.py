@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from unipic_run.bench.parity_case import Case
-from unipic_run.bench.parity_ledger import EXACT, Ledger
+from unipic_run.bench.parity_ledger import EXACT, INJECTED, Ledger
 from unipic_run.bench.parity_stream import Stream
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.errors import UnipicWarning
@@ -29,7 +29,6 @@ from unipic_run.engine.picture import resize, to_pixels
 from unipic_run.engine.run import to_levels
 from unipic_run.engine.schedules import FLOW_STEPS
 
-INJECTED = "played into the engine; what follows from it is compared"
 LEVELS_OFF = 0.002  # share of 8-bit values that may be one level off
 TABLES = 1e-6  # relative, of noise levels
 DEEPGEN = {name: f"weights/{name}" for name in ("transformer", "vae", "connector", "scheduler", "vlm")}
@@ -56,8 +55,7 @@ def replay_deepgen(engine: Engine, case: Case) -> Ledger:
     latents, velocities, finals = [], [], []
     for image, seen in enumerate(own):
         rows = [image, image + len(own)][: 1 + guided]
-        timesteps = torch.tensor(levels.sigmas[:-1], device=text.device) * FLOW_STEPS
-        prompt = Guided(text[rows], model.modulation(timesteps, pooled[rows]))
+        prompt = Guided(text[rows], model.modulation(levels.timesteps.to(text.device), pooled[rows]))
         first = sum(counts[:image])
         noises = [tape(case, image, range(first, first + len(seen)))]
         references = [deepgen.posterior(engine.config, x, index, noises) for index, x in enumerate(seen)]

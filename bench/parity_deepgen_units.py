@@ -9,8 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from unipic_run.bench.parity_case import Case
-from unipic_run.bench.parity_deepgen import INJECTED, TABLES
-from unipic_run.bench.parity_ledger import EXACT, Ledger
+from unipic_run.bench.parity_deepgen import TABLES
+from unipic_run.bench.parity_ledger import EXACT, INJECTED, Ledger
 from unipic_run.bench.parity_stream import Stream
 from unipic_run.engine.checkpoint.parts import Sinusoids
 from unipic_run.engine.engine import Engine

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+INJECTED = "played into the engine; what follows from it is compared"  # a reason to leave a tensor
 EXACT = 0.0
 NETWORK = 2e-4  # absolute: intermediates, tokens, images, logits
 UNIT = 5e-5  # absolute: single modules, preprocessed pixels
@@ -28,11 +29,6 @@ class Check:
     @property
     def passed(self) -> bool:
         return self.error <= self.tolerance
-
-    @property
-    def strain(self) -> float:
-        """How much of the tolerance is used up; for exact quantities 0 or infinite."""
-        return self.error / self.tolerance if self.tolerance else (math.inf if self.error else 0.0)
 
 
 class Ledger:
@@ -78,9 +74,6 @@ class Ledger:
         silent = [name for name in self.recorded if name not in self.checks and name not in self.not_computed]
         nothing = [] if self.checks else ["nothing was compared"]
         return missed + [f"{name}: recorded but neither compared nor explained" for name in silent] + nothing
-
-    def worst(self) -> tuple[str, Check] | None:
-        return max(self.checks.items(), key=lambda item: item[1].strain, default=None)
 
     def report(self) -> dict[str, Any]:
         """JSON-ready; what is infinite is null."""

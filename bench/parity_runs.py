@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from unipic_run.bench.parity_case import Case
-from unipic_run.bench.parity_ledger import EXACT, NETWORK, Ledger
+from unipic_run.bench.parity_ledger import EXACT, INJECTED, NETWORK, Ledger
 from unipic_run.bench.parity_watch import Prefill, Watch
 from unipic_run.engine.checks import PATCH
 from unipic_run.engine.engine import Engine
@@ -21,7 +21,6 @@ from unipic_run.engine.schedules import Round
 
 PADS = "pad slots: prompts are never padded here"
 PRUNED = "rows that this round does not predict: the last decoder block leaves them out"
-INJECTED = "played into the engine; what follows from it is compared"
 
 
 def replay_images(engine: Engine, case: Case) -> Ledger:

@@ -28,14 +28,14 @@ class Stream:
         return _product(x, self.q.T) if self.turned else x
 
     def plain_taps(self, x: Tensor) -> Tensor:
-        """The same of the stream behind several layers, side by side: x (..., taps * D)."""
+        """`plain` of the stream behind several layers, side by side: x (..., taps * D)."""
         return self.plain(x.unflatten(-1, (-1, self.width))).flatten(-2)
 
     def inner_taps(self, x: Tensor) -> Tensor:
         return self.inner(x.unflatten(-1, (-1, self.width))).flatten(-2)
 
     def plain_normed(self, x: Tensor) -> Tensor:
-        """The same of what the last norm returns."""
+        """`plain` of what the last norm returns."""
         return _product(x, self.m @ self.q.T) if self.turned else x
 
     def inner_normed(self, x: Tensor) -> Tensor:

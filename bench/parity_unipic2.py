@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from unipic_run.bench.parity_case import Case
-from unipic_run.bench.parity_deepgen import INJECTED, LEVELS_OFF, WatchedSampler, replay_levels, tape
-from unipic_run.bench.parity_ledger import EXACT, Ledger
+from unipic_run.bench.parity_deepgen import LEVELS_OFF, WatchedSampler, replay_levels, tape
+from unipic_run.bench.parity_ledger import EXACT, INJECTED, Ledger
 from unipic_run.bench.parity_stream import Stream
 from unipic_run.engine.checks import PATCH
 from unipic_run.engine.engine import Engine

@@ -26,7 +26,8 @@ from unipic_run.engine.checkpoint import manifest
 from unipic_run.engine.checkpoint.cache import cached
 from unipic_run.engine.device import dtype_name
 from unipic_run.engine.engine import Engine
-from unipic_run.pocket.exam import CATEGORIES, Outcome, Sampling, draw_exam, sit_exam
+from unipic_run.engine.sampling import SamplingOptions
+from unipic_run.pocket.exam import CATEGORIES, Outcome, draw_exam, sit_exam
 from unipic_run.pocket.samples import SCORED
 from unipic_run.pocket.sheet import save_sheet
 
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.perf_counter()
     loading = {name: getattr(options, name) for name in ("device", "dtype", "quant", "attention")}
     with Engine.from_pretrained(options.model, **loading, say=complain) as engine:
-        how = Sampling(steps=options.iters, guidance=options.cfg, **cut)
+        how = SamplingOptions(steps=options.iters, guidance=options.cfg, **cut)
         outcomes = sit_exam(engine, draw_exam(options.each, options.seed), how, options.seed)
         summary = describe(options, engine) | cut
     scores = scored(outcomes)

@@ -20,7 +20,8 @@ from unipic_run.bench.quality import made_by, weights_of
 from unipic_run.engine import families
 from unipic_run.engine.engine import Engine
 from unipic_run.engine.estimate import estimate
-from unipic_run.pocket.exam import Sampling, draw_exam
+from unipic_run.engine.sampling import SamplingOptions
+from unipic_run.pocket.exam import draw_exam
 
 How = Mapping[str, Any]
 WAYS: dict[str, How] = {  # "steps" and "head_steps" as shares of a model's own
@@ -76,7 +77,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def scaled(how: How, rounds: int, head_steps: int) -> Sampling:
+def scaled(how: How, rounds: int, head_steps: int) -> SamplingOptions:
     """With shares of a model's rounds and head steps as numbers."""
     found = dict(how)
     if "steps" in how:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from .checkpoint.cache import cached, folder_named, path_named
+from .checkpoint.cache import cached, folder_named, local_name, path_named
 from .checks import PATCH
 from .errors import UsageError
 from .request import GPU_BATCH
@@ -101,8 +101,7 @@ def parse_outpaint(text: str) -> tuple[int, int, int, int]:
 def repeated_settings(png: str, model: str | None, speed: str | None) -> dict[str, Any]:
     """What `gen --from` takes over from a picture: REPEATED, INT8 attention, and `size` as (width, height).
 
-    Beside another speed than the picture's, or another model than it was made with at a speed, SPED is decided anew.
-
+    What belongs to its speed, SPED, is left out where `speed` is another, or where it had one and `model` is another.
     A picture may name a model that is here or well known; it must not start the download of anything else, so that
     needs a `model` named on the line. Raises ImageError for pictures without our settings, UsageError for those that
     text alone does not make again.
@@ -134,9 +133,8 @@ def repeated_settings(png: str, model: str | None, speed: str | None) -> dict[st
 
 def _names(model: str, said: str) -> bool:
     """Whether a picture says that of this model: of a folder without its path, of a released one with a digest."""
-    name = path_named(model).resolve().name
-    local = "local-" + re.sub(r"[^\w.-]", "_", name)  # as hub.py names what it converts
-    return said in (model, Path(model).name, name) or said.rpartition("-")[0] == local
+    path = path_named(model).resolve()
+    return said in (model, Path(model).name, path.name) or said.rpartition("-")[0] == local_name(path)
 
 
 def shortcuts(

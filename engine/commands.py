@@ -106,13 +106,13 @@ def convert(
     quiet: o.Quiet = False,
 ) -> None:
     """Turn a released checkpoint into safetensors once, without running anything in it; prints the folder."""
-    from .checkpoint import manifest
     from .checkpoint.convert import convert as convert_folder
+    from .checkpoint.convert import left_out
 
     terminal = terminal_of(ctx, as_json, quiet)
     folder = convert_folder(src, dst, terminal.progress, quant=quant)
-    if ignored := manifest.read(folder)["source"].get("ignored"):
-        terminal.say(f"left out, since this model does not use them: {', '.join(ignored)}")
+    if sentence := left_out(folder):
+        terminal.say(sentence)
     terminal.data |= {"path": str(folder)}
     terminal.line(str(folder))
 

@@ -70,7 +70,8 @@ class Engine(Worker):
         drop_idle: under that bound, which it needs, parts that do not fit and that a kind of request does not need are
         not kept in the host's memory after it, but read from disk again when one needs them. exact_rope: keep rotary
         frequencies in float32, which the released scripts round to bfloat16.
-        Raises UsageError, ModelMissingError, CorruptWeightsError, UnsupportedDeviceError, BudgetError.
+        Raises UsageError, ModelMissingError, CorruptWeightsError, UnsupportedDeviceError, BudgetError, OutputError (a
+        cache that cannot be written).
         `on_progress(doing, done, total)` counts bytes, `say` gets a sentence before anything slow and about each auto.
         """
         return load(
@@ -109,6 +110,7 @@ class Engine(Worker):
         Without a seed one is drawn and reported. A list of prompts gives prompts x n images, copy i of each with
         seed + i. `noise` replaces the seeds' randomness, one source an image: then settings have no seed and `seeds`
         is empty. Whatever `on_event` raises ends the call and comes out of it as it is.
+        Raises UsageError, BudgetError, UnsupportedDeviceError, Cancelled.
         """
         shape = as_size(res, size, self.config.resolution)
         request = GenerateRequest(as_prompts(prompt), shape, as_sampling(seed, sampling))
@@ -143,6 +145,7 @@ class Engine(Worker):
         knows one or both, and its default is the way of its training.
         With `mask` (white = regenerate) or `outpaint` (left, top, right, bottom pixels) the prompt describes the whole
         picture, the size stays the source's unless `fit` is given, and unmasked pixels stay exactly as they are.
+        Raises what `generate` does, and ImageError for pictures that cannot be read.
         """
         picture = open_image(image)
         request = EditRequest(
@@ -189,8 +192,8 @@ class Engine(Worker):
 
         A list of questions gives a list of answers, and `on_answer` hears each at once; the picture is read only once.
         Temperature 0 is greedy.
-        A stream whose engine is closed before its end raises UsageError.
         Where a language model was tuned to make pictures and the folder has it as it was before, that one answers.
+        Raises what `edit` does, a stream UsageError also where its engine is closed before its end.
         """
         token, picture = as_token(cancel), open_image(image)
         side = self.config.resolution if res is None else res

@@ -262,7 +262,7 @@ def reserved_by_stage(model: nn.Module, plan: Plan, placement: Placement) -> dic
     for name, part in parts.items():
         if placement.where[name] == "resident":
             for x in (*part.parameters(), *part.buffers()):
-                resident.take(x.numel() * x.element_size())
+                resident.take(x.nbytes)
     guests = {part.name: part for part in parts_of(model, placement.where)}
     room = {
         name: rounded(guests[name].nbytes if where == "staged" else guests[name].streamed_bytes, STEP)

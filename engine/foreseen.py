@@ -68,7 +68,7 @@ class ForeseenGraphs:
 
     def _keep(self, what: str, how: str, key: Hashable, x: Any) -> None:
         fresh = [tensor for tensor in tensors_in(x) if not self._is_copy(tensor)]
-        self._kept.setdefault((what, how, key), sum(rounded(t.numel() * t.element_size()) for t in fresh))
+        self._kept.setdefault((what, how, key), sum(rounded(t.nbytes) for t in fresh))
         for tensor in fresh:
             self._copies[id(tensor)] = weakref.ref(tensor)
 

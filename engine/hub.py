@@ -14,7 +14,7 @@ from typing import Any
 
 from . import families, pins
 from .checkpoint import manifest
-from .checkpoint.cache import PACKAGED, cache_root, cached, folder_named, listed_name, models_folder
+from .checkpoint.cache import PACKAGED, cache_root, cached, folder_named, listed_name, local_name, models_folder, slug
 from .checkpoint.manifest import Progress
 from .errors import CorruptWeightsError, ModelMissingError, UsageError
 from .pins import Pin
@@ -110,7 +110,7 @@ def list_models() -> list[LocalModel]:
                 rows.append(LocalModel(name, "?", folder, damage, 0, "?", error.remedy))
     fetched = {row.name.split("@")[0] for row in rows}
     for family in families.FAMILIES.values():
-        if _slug(family.hub) not in fetched:
+        if slug(family.hub) not in fetched:
             rows.append(LocalModel(family.name, family.name, None, family.hub, 0, family.licence, family.note))
     return rows
 
@@ -149,12 +149,12 @@ class _Job:
 
     def convert(self, src: Path, dst: Path, family: str, origin: dict[str, Any] | None = None) -> None:
         """Make or replace `dst`, and say what was left out."""
-        from .checkpoint.convert import convert
+        from .checkpoint.convert import convert, left_out
 
         check = manifest.verify if self.fully else manifest.check
         convert(src, dst, self.on_progress, family, origin, replace=check)
-        if ignored := manifest.read(dst)["source"].get("ignored"):
-            self.say(f"left out, since the model has no place for them: {', '.join(map(ascii, ignored))}")
+        if sentence := left_out(dst):
+            self.say(sentence)
 
 
 def _resolve(model: str | Path, revision: str | None, offline: bool, job: _Job) -> Path:
@@ -191,8 +191,7 @@ def _from_folder(folder: Path, job: _Job) -> Path:
         raise ModelMissingError(f"{folder} holds neither a converted nor a released checkpoint", works_now())
     path = folder.resolve()
     key = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]  # of the place only: what lies there replaces what lay
-    name = re.sub(r"[^\w.-]", "_", path.name)
-    dst = models_folder() / f"local-{name}-{key}"
+    dst = models_folder() / f"{local_name(path)}-{key}"
     found = job.whole(dst)
     if found is None or not is_made_of(found, state(folder, family.name)):
         job.say(f"converting {folder} {'again, since it has changed' if found else 'once'}, into {dst}")
@@ -203,7 +202,7 @@ def _from_folder(folder: Path, job: _Job) -> Path:
 def _from_hub(repo: str, revision: str | None, offline: bool, job: _Job) -> Path:
     offline = offline or is_offline()
     known = pins.of_repo(repo)
-    pin_file = cache_root() / "pins" / f"{_slug(repo)}.json"
+    pin_file = cache_root() / "pins" / f"{slug(repo)}.json"
     old = pin = pins.read(pin_file)
     suspect = False
     if not _stays(pin, revision, offline):
@@ -212,7 +211,7 @@ def _from_hub(repo: str, revision: str | None, offline: bool, job: _Job) -> Path
     elif not pin.files and not offline:  # found in a cache that kept no hashes: nothing has been compared so far
         pin = pins.with_hashes(pin)
         suspect = not pins.is_genuine(pin)
-    dst = models_folder() / f"{_slug(repo)}@{pin.commit[:12]}"
+    dst = models_folder() / f"{slug(repo)}@{pin.commit[:12]}"
     if suspect or job.whole(dst) is None:
         family = known or families.of_files(pin.files) or families.FAMILIES["unipic"]
         licence = _origin({"hub": pin.to_json()}, family)[1]
@@ -249,7 +248,3 @@ def _stays(pin: Pin | None, revision: str | None, offline: bool) -> bool:
 
 def _silent(sentence: str) -> None:
     pass
-
-
-def _slug(repo: str) -> str:
-    return repo.replace("/", "--")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from . import families, hub
-from .checkpoint.cache import cached, folder_named, path_named
+from .checkpoint.cache import cached, folder_named, path_named, slug
 from .errors import CorruptWeightsError, ModelMissingError
 from .families import Family
 
@@ -83,7 +83,7 @@ def on_disk(model: str) -> list[Path]:
     repo = families.FAMILIES[model].hub if model in families.FAMILIES else model
     rows = hub.list_models()
     found = [row.path for row in rows if row.path and model == row.name]
-    found += [row.path for row in rows if row.path and row.name.startswith(repo.replace("/", "--") + "@")]
+    found += [row.path for row in rows if row.path and row.name.startswith(f"{slug(repo)}@")]
     if not found:
         raise ModelMissingError(f"{model} is not on this machine", f"`unipic-run pull {model}`; {hub.works_now()}")
     return found

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from .checkpoint.cache import cache_root
+from .checkpoint.manifest import write_file
 from .foreseen import Held
 from .meter import Call
 from .plan import Plan, Stage
@@ -30,10 +30,7 @@ def kept(shape: dict[str, Any], make: Callable[[], Plan]) -> Plan:
         return from_json(json.loads(path.read_text("utf-8")))
     text = json.dumps(to_json(make()))
     with suppress(OSError):  # a cache that cannot be written is no reason to fail
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_file(path, text)
         for old in sorted(path.parent.glob("*.json"), key=lambda one: one.stat().st_mtime)[:-MOST]:
             old.unlink(missing_ok=True)  # most likely of other code
     return from_json(json.loads(text))  # the same as the next time, to the last bit
@@ -66,7 +63,6 @@ def to_json(plan: Plan) -> dict[str, Any]:
         rows[call.stage, call.kind, call.precision, *costs] += times
     return {
         "stages": {name: asdict(stage) for name, stage in plan.stages.items()},
-        "parts": plan.parts,
         "calls": [[*row, times] for row, times in rows.items()],
         "between_rounds": plan.between_rounds,
         "before_decode": plan.before_decode,
@@ -81,7 +77,6 @@ def from_json(data: dict[str, Any]) -> Plan:
         calls[Call(stage, kind, precision, "", (), *costs)] = times
     return Plan(
         stages={name: Stage(**stage) for name, stage in data["stages"].items()},
-        parts=data["parts"],
         calls=calls,
         between_rounds=data["between_rounds"],
         before_decode=data["before_decode"],

@@ -87,10 +87,10 @@ class KVCache:
             raise ValueError(f"cannot cut a cache of {self.own} own and {self.length} positions to {length}")
         self.own = own
 
-    def write(self, keys: Tensor, values: Tensor) -> None:
+    def copy_to(self, keys: Tensor, values: Tensor) -> None:
         """Copy all that is valid to the front of keys and values, (layers, K, at least length, d)."""
         if self.base:
-            self.base.write(keys, values)
+            self.base.copy_to(keys, values)
         here = slice(self.length - self.own, self.length)
         keys[:, :, here] = self.keys[:, :, : self.own]
         values[:, :, here] = self.values[:, :, : self.own]
@@ -124,7 +124,7 @@ class Prompts:
             keys = first.keys.new_empty(layers, len(caches), heads, capacity, width)
             values = torch.empty_like(keys)
             for slot, cache in enumerate(caches):
-                cache.write(keys[:, slot], values[:, slot])
+                cache.copy_to(keys[:, slot], values[:, slot])
         owners = [prompt for prompt, count, _ in runs for _ in range(count)]
         prefix_of, lengths = (torch.tensor(x, dtype=torch.int32, device=keys.device) for x in (owners, lengths))
         return cls(keys, values, prefix_of, lengths, tuple(runs))

@@ -38,9 +38,9 @@ class Shared:
 
 @contextmanager
 def held_to(device: torch.device, bound: int | None) -> Iterator[Callable[[], None]]:
-    """Inside an engine comes that may use so many bytes of a device, None for all of it; at once gone where that fails.
+    """Count an engine that may use so many bytes of a device, None for all of it, among those that share it.
 
-    Yields what tells that it is gone, which may be called more than once.
+    Yields what ends that, to be called once or more often; an error inside ends it at once.
     """
     if device.type != "cuda" and bound is None:
         yield lambda: None

@@ -113,10 +113,12 @@ class Tape:
         return self._order
 
     def head_start(self, index: int, positions: Tensor, channels: int) -> Tensor:
-        return _recorded(self._starts, index, (len(positions), channels)).to(positions.device)
+        shape = len(positions), channels
+        return _recorded(self._starts, index, shape, f"round {index}").to(positions.device)
 
     def head_steps(self, index: int, positions: Tensor, channels: int, steps: int) -> Tensor:
-        return _recorded(self._steps, index, (steps, len(positions), channels)).to(positions.device)
+        shape = steps, len(positions), channels
+        return _recorded(self._steps, index, shape, f"round {index}").to(positions.device)
 
 
 class FlowTape:
@@ -129,14 +131,14 @@ class FlowTape:
         self._maps = {"start": start} | dict(enumerate(posteriors))
 
     def flow_start(self, shape: Shape, device: torch.device) -> Tensor:
-        return _recorded(self._maps, "start", tuple(shape)).to(device)
+        return _recorded(self._maps, "start", tuple(shape), "the start").to(device)
 
     def posterior(self, index: int, shape: Shape, device: torch.device) -> Tensor:
-        return _recorded(self._maps, index, tuple(shape)).to(device)
+        return _recorded(self._maps, index, tuple(shape), f"source picture {index}").to(device)
 
 
-def _recorded(tensors: Mapping[int | str, Tensor], index: int | str, shape: tuple[int, ...]) -> Tensor:
+def _recorded(tensors: Mapping[int | str, Tensor], index: int | str, shape: tuple[int, ...], what: str) -> Tensor:
     if index not in tensors or tensors[index].shape != shape:
         found = tuple(tensors[index].shape) if index in tensors else "nothing"
-        raise ValueError(f"the tape holds {found} for round {index}, the request needs {shape}")
+        raise ValueError(f"the tape holds {found} for {what}, the request needs {shape}")
     return tensors[index]

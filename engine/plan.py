@@ -53,14 +53,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """`parts`: bytes of each part's weights. `calls`: every operation and how often, of `sample` or `sample/llm`.
+    """`calls`: every operation and how often, of `sample` or `sample/llm`.
 
     `graphs`: what CUDA graphs would hold, by what is captured; `history`: the operations in order, each with the peak
     meanwhile. Of pictures, `between_rounds` and `before_decode` are bytes that live then beside the weights.
     """
 
     stages: dict[str, Stage]
-    parts: dict[str, int]
     calls: Counter[Call]
     between_rounds: int = 0
     before_decode: int = 0
@@ -128,7 +127,7 @@ def dry_run(loaded: Loaded, task: Task, batch: Batch, others: bool = False) -> P
                 how = task, replace(batch, apart=True)
                 deque(loaded.family.sample(model, conditions, *how, loaded.family.schedule(model.config, *how)), 0)
     live = {"between_rounds": max(lived), "before_decode": clock.entered["decode"]}
-    return Plan(stages_of(meter), parts_of(model), meter.calls, **live, graphs=graphs.held(), history=meter.history)
+    return Plan(stages_of(meter), meter.calls, **live, graphs=graphs.held(), history=meter.history)
 
 
 def can_be_apart(family: Verbs, task: Task, images: int) -> bool:
@@ -160,7 +159,7 @@ def dry_answer(loaded: Loaded, size: tuple[int, int], question: str, limit: int)
         _, token = meter.span(lambda: family.next_logits(model, cache, ids[:1]))
         for _ in range(limit - 2):
             meter.repeat(token)
-    return Plan(stages_of(meter), parts_of(model), meter.calls, graphs=graphs.held(), history=meter.history)
+    return Plan(stages_of(meter), meter.calls, graphs=graphs.held(), history=meter.history)
 
 
 def stages_of(meter: Meter) -> dict[str, Stage]:
@@ -173,15 +172,6 @@ def stages_of(meter: Meter) -> dict[str, Stage]:
         memory = (max(table[name] for name in names) for table in (meter.peaks, meter.reserved))
         found[stage] = Stage(*memory, *sums)
     return found
-
-
-def parts_of(model: nn.Module) -> dict[str, int]:
-    return {name: nbytes(child) for name, child in model.named_children()}
-
-
-def nbytes(module: nn.Module) -> int:
-    """Of all parameters and buffers."""
-    return sum(x.numel() * x.element_size() for x in (*module.parameters(), *module.buffers()))
 
 
 class StageClock:

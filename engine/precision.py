@@ -7,6 +7,7 @@ last one out restores what the caller had.
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -34,6 +35,6 @@ def true_float32() -> Iterator[None]:
                     scope.fp32_precision = precision
 
 
-def _scopes() -> list:
-    cuda, cpu = torch.backends.cudnn, torch.backends.mkldnn
-    return [torch.backends.cuda.matmul, cuda.conv, cuda.rnn, cpu.matmul, cpu.conv, cpu.rnn]
+def _scopes() -> list[Any]:
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    return [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]

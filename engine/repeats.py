@@ -33,7 +33,7 @@ class Mould:
         form = tuple(x.shape), tuple(x.stride()), x.storage_offset()
         return cls(next(shares, -1), memory.nbytes() // x.element_size(), x.dtype, *form)
 
-    def cast(self, given: Sequence[Tensor]) -> Tensor:
+    def blank(self, given: Sequence[Tensor]) -> Tensor:
         if self.of >= 0:
             return given[self.of].as_strided(self.shape, self.stride, self.offset)
         if self.room == prod(self.shape):
@@ -47,7 +47,8 @@ def once(meter: Meter, model: nn.Module, repeated: Sequence[tuple[str, str]]) ->
     """Inside, calls of these methods with equal shapes run once and are counted every time.
 
     `repeated`: (modules, method), names of modules with `*` for a number. A method returns a tensor, several or
-    nothing, and of whole numbers among what is bound to a function it is given, such as a layer's, nothing may depend.
+    nothing. Whole numbers that `partial` binds to a function among its arguments, such as a layer's, do not tell calls
+    apart: no cost may depend on them.
     """
     known: dict[Any, tuple[Span, Any]] = {}
     wrapped: list[tuple[nn.Module, str]] = []
@@ -80,7 +81,7 @@ def _counted(
         return result
     span, mould = known[key]
     meter.repeat(span)
-    return cast(mould, tensors)
+    return blank(mould, tensors)
 
 
 def taken(result: Any, given: Sequence[Tensor]) -> Any:
@@ -90,10 +91,10 @@ def taken(result: Any, given: Sequence[Tensor]) -> Any:
     return None if result is None else Mould.taken(result, given)
 
 
-def cast(mould: Any, given: Sequence[Tensor]) -> Any:
+def blank(mould: Any, given: Sequence[Tensor]) -> Any:
     if isinstance(mould, tuple):
-        return tuple(cast(one, given) for one in mould)
-    return None if mould is None else mould.cast(given)
+        return tuple(blank(one, given) for one in mould)
+    return None if mould is None else mould.blank(given)
 
 
 def form(module: nn.Module) -> Any:

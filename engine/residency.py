@@ -107,7 +107,7 @@ class DoesNotFit(Exception):
 
     def __init__(self, budget: int, smallest: Placement) -> None:
         super().__init__(f"{smallest.peak / GIB:.2f} GiB is the least this takes, and {budget / GIB:.2f} may be used")
-        self.budget, self.smallest = budget, smallest
+        self.smallest = smallest
 
 
 def fit(work: Work, budget: int) -> Placement:

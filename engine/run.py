@@ -21,7 +21,7 @@ from .picture import to_images
 from .precision import true_float32
 from .task import Batch, Task
 
-LAST = "decode"  # the stage behind which what was compiled is said; an answer's reader says it at the end
+LAST = "decode"  # after this stage the clock says what was compiled; of an answer, its reader does
 
 
 class Clock:

@@ -41,7 +41,7 @@ class Round:
     visible: Tensor  # (B, V) already known when the round starts
     predicted: Tensor  # (B, N) revealed by it
     source: Tensor  # (B, n) where in `visible` each position stands, -1 where it does not
-    left: float  # share of the tokens to sample that the schedule leaves masked; at least one, also in the last round
+    left: float  # share of the tokens to sample still masked after it, never less than one token's, also in the last
     of: int  # rounds in all
 
     @property

@@ -111,7 +111,7 @@ class Place:
 
     def read(self, room: Tensor) -> Tensor:
         """The tensor in the bytes of a pack."""
-        like, size = self.away, self.away.numel() * self.away.element_size()
+        like, size = self.away, self.away.nbytes
         found = room[self.start : self.start + size].view(like.dtype).view(like.shape)
         return nn.Parameter(found, requires_grad=False) if isinstance(like, nn.Parameter) else found
 
@@ -202,4 +202,4 @@ def tensors_of(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], s
 
 def room_of(tensor: Tensor) -> int:
     """Bytes in a pack."""
-    return -(-tensor.numel() * tensor.element_size() // ALIGN) * ALIGN
+    return -(-tensor.nbytes // ALIGN) * ALIGN

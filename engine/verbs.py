@@ -44,7 +44,7 @@ class Verbs(Protocol):
     IMAGE: str  # the placeholder of image features in a prompt
     kinds: Sequence[str]  # what it can do, of generate, edit, inpaint, ask
     fits: Sequence[str]  # ways to fit an edit's source, of request.FITS; the first is the default
-    shortcuts: Sequence[str]  # of request.SHORTCUTS, those it takes
+    shortcuts: Sequence[str]  # of sampling.SHORTCUTS, those it takes
     posteriors: Sequence[str]  # ways to take a source's latents, of request.POSTERIORS; the first is the default
     most_sources: int  # pictures that an edit may be given
     parts_guidance: bool  # whether `sample` heeds Batch.apart

@@ -44,19 +44,6 @@ def stored_scheme(folder: Path) -> str:
         return shards.scheme
 
 
-def assemble(
-    build: Callable[[], nn.Module],
-    recipe: Recipe,
-    folder: Path,
-    device: Where,
-    dtype: torch.dtype,
-) -> nn.Module:
-    """The model that `build` makes, with the recipe's layers, filled from `folder`. Raises what `load` does."""
-    module = prepared(build, recipe)
-    load(module, folder, device, dtype, recipe=recipe)
-    return module
-
-
 def prepared(build: Callable[[], nn.Module], recipe: Recipe) -> nn.Module:
     """What `build` makes on the meta device, with the recipe's layers. Raises UsageError for sizes that do not fit."""
     with torch.device("meta"):
@@ -162,9 +149,9 @@ class _Filling:
         return tensor
 
     def checked(self, name: str, before: Tensor, after: Tensor) -> Tensor:
-        if not _finite(after):
+        if not all_finite(after):
             remedy = f"its values do not fit {after.dtype}: use bfloat16 or float32"
-            remedy = remedy if _finite(before) else again(self.shards.folder)
+            remedy = remedy if all_finite(before) else again(self.shards.folder)
             raise CorruptWeightsError(f"{self.shards.where(name)} holds NaN or Inf", remedy)
         return after
 
@@ -179,5 +166,5 @@ class _Filling:
         self.module.requires_grad_(False)
 
 
-def _finite(tensor: Tensor) -> bool:
+def all_finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or all(torch.isfinite(part).all() for part in tensor.reshape(-1).split(CHUNK))

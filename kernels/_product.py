@@ -95,7 +95,7 @@ def finished(
 def product_cost(operands: Sequence[Tensor | None], weight: Tensor, activation: str, dtype: torch.dtype) -> Cost:
     """Of any product x W^T of this form; the operands are whatever is read, x the first of them."""
     rows, k = operands[0].numel() // operands[0].shape[-1], operands[0].shape[-1]
-    read = sum(t.numel() * t.element_size() for t in operands if t is not None)
+    read = sum(t.nbytes for t in operands if t is not None)
     return Cost(2 * rows * len(weight) * k, read + rows * out_features(weight, activation) * dtype.itemsize)
 
 

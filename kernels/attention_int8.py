@@ -145,7 +145,7 @@ def _launch(q, q_scale, k, k_scale, v, dtype) -> tuple[Tensor, Tensor]:
 
 
 def attention_int8_cost(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, dtype: torch.dtype) -> Cost:
-    read = sum(x.numel() * x.element_size() for x in (q, q_scale, k, k_scale, v))
+    read = sum(x.nbytes for x in (q, q_scale, k, k_scale, v))
     return Cost(attention_cost(q, k, v, False).flop, read + q.numel() * dtype.itemsize)
 
 

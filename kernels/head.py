@@ -187,7 +187,7 @@ def _gated_linear_triton(u, weight, bias, gate, h):
 
 
 def _nbytes(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(t.nbytes for t in tensors)
 
 
 def modulated_linear_cost(h, shift, scale, norm_weight, norm_bias, eps, weight, bias) -> Cost:

@@ -229,7 +229,7 @@ def head_step_cost(
     )
     mine = (key, position) if before is None else (before, before)
     read = (h, scale, offset, weight, in_weight, in_bias, x, x, h0, *mine)
-    return Cost(flop, sum(t.numel() * t.element_size() for t in read) + 4 * COLUMNS + 32)
+    return Cost(flop, sum(t.nbytes for t in read) + 4 * COLUMNS + 32)
 
 
 _head_step = Operator(

@@ -218,7 +218,7 @@ def _dense(stream) -> tuple[Tensor, ...]:
 def int8_linear_to_joint_cost(*arguments) -> Cost:
     """Instructions that a product alone would not have are `beside`."""
     *streams, off, heads, _ = arguments
-    flop, beside, nbytes = 0, 0, off.numel() * off.element_size()
+    flop, beside, nbytes = 0, 0, off.nbytes
     for stream in (streams[:7], streams[7:]):
         if stream[0] is not None:
             rows, weight = stream[1].numel(), stream[2]

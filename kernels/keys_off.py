@@ -101,7 +101,7 @@ def _keys_off_triton(x, x_scale, weight, weight_scale, bias, begin, end) -> Tens
 
 def keys_off_cost(x, x_scale, weight, weight_scale, bias, begin, end) -> Cost:
     images, n, k = len(x), end - begin, x.shape[-1]
-    read = images * SAMPLE * (k + 4) + n * (k + 4) + (0 if bias is None else bias.numel() * bias.element_size())
+    read = images * SAMPLE * (k + 4) + n * (k + 4) + (0 if bias is None else bias.nbytes)
     return Cost(2 * images * SAMPLE * n * k, read + 4 * images * len(weight))
 
 

@@ -164,7 +164,7 @@ def _norm_int8_torch(x, weight, bias, shift, scale, eps, rms):
 
 
 def norm_cost(x, weight, bias, shift, scale, eps, rms, out_bytes: int | None = None) -> Cost:
-    read = sum(t.numel() * t.element_size() for t in (x, weight, bias, shift, scale) if t is not None)
+    read = sum(t.nbytes for t in (x, weight, bias, shift, scale) if t is not None)
     return Cost(8 * x.numel(), read + x.numel() * (out_bytes or x.element_size()))
 
 

@@ -190,7 +190,7 @@ def prefix_attention_int8_cost(numbers, scale, v, off, prefix_k, prefix_v, prefi
     rows, kv_heads, length, width = v.shape
     queries = rows * (numbers.shape[1] - kv_heads) * length
     flop = 4 * width * queries * prefix_k.shape[2] + 2 * width * queries * (length + 1)
-    read = sum(x.numel() * x.element_size() for x in (numbers, scale, v, off, prefix_k, prefix_v))
+    read = sum(x.nbytes for x in (numbers, scale, v, off, prefix_k, prefix_v))
     return Cost(flop, read + queries * (width + 4))
 
 

@@ -133,7 +133,7 @@ def _quantise_qkv_triton(q, k, v):
 
 
 def quantise_qkv_cost(q: Tensor, k: Tensor, v: Tensor) -> Cost:
-    read = sum(x.numel() * x.element_size() for x in (q, k, v))
+    read = sum(x.nbytes for x in (q, k, v))
     scales = 4 * sum(x.numel() // max(x.shape[-1], 1) for x in (q, k))
     return Cost(4 * (q.numel() + k.numel()) + v.numel(), read + q.numel() + k.numel() + 2 * v.numel() + scales)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.random import Generator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from . import questions
@@ -22,6 +22,7 @@ from .painter import paint, stencil
 from .plans import Sizes
 from .samples import CATEGORIES, Sample, sample
 from .scenes import BACKGROUNDS, COLOURS, SHAPES, SIDE, SIZES, Figure, Scene
+from .sitting import write_state
 from .train_vae import Autoencoder, device_of, to_input
 
 # What is hard comes more often.
@@ -49,10 +50,7 @@ class Shard:
         else:
             latents = encode(vae, self.scenes(), scale)
             if kept is not None:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                partial = kept.with_suffix(".partial-0")
-                save_file({"latents": latents.half()}, partial)
-                partial.replace(kept)
+                write_state(kept, {"latents": latents.half()}, {})
             latents = latents.half().float()  # the same whether it was kept or not
         counts = [len(self.samples), len(self.edits), len(self.edits)]
         self.latents, self.sources, self.targets = latents.split(counts)
@@ -65,7 +63,7 @@ class Shard:
 
     @cached_property
     def labels(self) -> Tensor:
-        """(objects of the samples' cells, backgrounds of the samples), int64 (S, n + 1)."""
+        """int64 (S, n + 1): of each sample the object of every cell, then the background."""
         return torch.stack([label(drawn.scene) for drawn in self.samples])
 
     @cached_property

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
 
 import numpy as np
 from PIL import Image
 
 from ..engine.engine import Engine
 from ..engine.noise import PhiloxNoise
+from ..engine.sampling import SamplingOptions
 from .detector import check
 from .edits import KINDS as EDITED
 from .edits import Edit, check_edit, sample_edit
@@ -19,19 +19,6 @@ from .samples import SCORED, Sample, Split, sample
 
 LONGEST_ANSWER = 48  # tokens
 CATEGORIES = (*SCORED, "edit", "question")
-
-
-class Sampling(TypedDict, total=False):
-    """Keywords of `Engine.generate` and `Engine.edit`; what is missing is the model's own."""
-
-    steps: int | None
-    guidance: float | None
-    head_steps: tuple[int, int] | None
-    order: str | None
-    cfg_interval: tuple[float, float] | None
-    cfg_cache: float | None
-    solver: str | None
-    speed: str
 
 
 @dataclass(frozen=True)
@@ -69,7 +56,7 @@ def draw_exam(each: int, seed: int = 0, split: Split = "test") -> Exam:
 
 
 def generations(
-    engine: Engine, samples: Sequence[Sample], how: Sampling, seed: int = 0, batch: int = 8
+    engine: Engine, samples: Sequence[Sample], how: SamplingOptions, seed: int = 0, batch: int = 8
 ) -> list[Outcome]:
     """Picture i has seed + i; `batch` of them are made together."""
     outcomes: list[Outcome] = []
@@ -84,7 +71,7 @@ def generations(
     return outcomes
 
 
-def edited(engine: Engine, edits: Sequence[Edit], how: Sampling, seed: int = 0) -> list[Outcome]:
+def edited(engine: Engine, edits: Sequence[Edit], how: SamplingOptions, seed: int = 0) -> list[Outcome]:
     outcomes = []
     for i, edit in enumerate(edits):
         before = paint(edit.source)
@@ -103,7 +90,7 @@ def answered(engine: Engine, questions: Sequence[Question]) -> list[Outcome]:
     return outcomes
 
 
-def sit_exam(engine: Engine, exam: Exam, how: Sampling, seed: int = 0) -> list[Outcome]:
+def sit_exam(engine: Engine, exam: Exam, how: SamplingOptions, seed: int = 0) -> list[Outcome]:
     return [
         *generations(engine, exam.samples, how, seed),
         *edited(engine, exam.edits, how, seed),

@@ -22,8 +22,10 @@ from .scenes import SIDE, broken, exact
 
 @dataclass(frozen=True)
 class Report:
-    """Shares of pictures. `found` is the whole scene read right (shape, colour, size, place of each object, and the
-    background); the others are pictures accepted for a prompt or an edit they are not a correct picture of."""
+    """Shares of pictures, unless said otherwise: 1 is best of what is found or a true edit, 0 of what is else accepted.
+
+    `found` is the whole scene read right: shape, colour, size, place of each object, and the background.
+    """
 
     pictures: int
     found: float

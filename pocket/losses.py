@@ -25,6 +25,7 @@ from .sitting import Losses
 
 VARIANCE_WEIGHT = 1.0  # of one timestep's term, a thousandth of the whole bound
 PREDICTED = 32  # tokens a picture at most
+GOLDEN = 0.6180339887  # fractional parts of its multiples are spread evenly
 SLIPS = 0.3  # deviations of noise on visible tokens, at most: those of a request were drawn by the model
 
 
@@ -229,7 +230,7 @@ def masked_share(step: int, words_first: int) -> float:
 
     Steps of the golden ratio: evenly spread over any stretch of training.
     """
-    u = (step * 0.6180339887) % 1.0
+    u = (step * GOLDEN) % 1.0
     if step < words_first or u < 0.35:
         return 1.0
     if u < 0.75:

@@ -13,7 +13,7 @@ from ..engine.models.unipic.model import UniPic, build
 from ..engine.tokens import Tokens
 from ..kernels.linear import in_software
 from .batches import Draw, Pictures, Pool, step_rng
-from .losses import VARIANCE_WEIGHT, Hints, answer_losses, masked_share, picture_losses
+from .losses import GOLDEN, VARIANCE_WEIGHT, Hints, answer_losses, masked_share, picture_losses
 from .plans import JointPlan
 from .sitting import Losses, Plan, Run, generator, sit
 from .train_vae import Autoencoder
@@ -64,7 +64,7 @@ def joint_losses(joint: Joint, tokens: Tokens, plan: JointPlan, draw: Draw, step
 
     total, losses = of_pictures(draw.pictures(plan.pictures), masked_share(step, plan.words_first))
     if step % 2:
-        share = masked_share(step + EDIT_SHIFT / 0.6180339887, plan.words_first)
+        share = masked_share(step + EDIT_SHIFT / GOLDEN, plan.words_first)
         more, edited = of_pictures(draw.edits(plan.edits), share)
         total = total + 2 * more * plan.edits / plan.pictures
         losses |= {

@@ -42,6 +42,18 @@ class Recipe:
 NONE = Recipe("none")
 
 
+def recipe_of(
+    scheme: str, modules: tuple[str, ...], rotation: Rotation | None, rotated_inputs: tuple[str, ...]
+) -> Recipe:
+    """A model's recipe for a scheme. bitsandbytes has its own ways with outliers: rotations are for int8 alone.
+
+    Raises ValueError for a scheme that is none.
+    """
+    if scheme == "none":
+        return NONE
+    return Recipe(scheme, modules, rotation, rotated_inputs) if scheme == "int8" else Recipe(scheme, modules)
+
+
 def expand(pattern: str, names: Iterable[str]) -> list[str]:
     """The names that a pattern stands for. Raises ValueError if there is none: a recipe must not silently do less."""
     wanted = pattern.split(".")

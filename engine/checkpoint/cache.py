@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import sys
 from contextlib import suppress
@@ -51,6 +52,16 @@ def path_named(name: str | os.PathLike[str]) -> Path:
         return Path(name).expanduser()
     except RuntimeError:
         return Path(name)
+
+
+def slug(repo: str) -> str:
+    """A hub id as a part of file names."""
+    return repo.replace("/", "--")
+
+
+def local_name(released: Path) -> str:
+    """How the folder made of a released one begins; a digest of its place follows."""
+    return "local-" + re.sub(r"[^\w.-]", "_", released.name)
 
 
 def listed_name(folder: Path) -> str:

@@ -23,10 +23,11 @@ from ...quant.recipe import Recipe
 from ...quant.swap import Change
 from .. import families
 from ..errors import CorruptWeightsError, ModelMissingError, OutputError, UsageError
-from ..weights import prepared
+from ..weights import all_finite, prepared
 from . import manifest
 from .config_file import write_config_file
 from .differences import SHOWN
+from .json_files import DOWNLOAD_AGAIN
 from .manifest import Progress
 from .parts import ReleasedTensor
 from .safe_files import TYPES
@@ -34,7 +35,6 @@ from .shards import INT8, UNTUNED
 
 SHARD = 2 * 10**9  # bytes
 SPARE = 16 * 2**20  # bytes of disk besides the tensors
-FINITE_CHUNK = 2**22  # elements looked at at once
 
 Check = Callable[[Path], dict[str, Any]]  # a folder's manifest, or an error: manifest.check or manifest.verify
 
@@ -177,6 +177,12 @@ def _ignored(names: list[str]) -> dict[str, list[str]]:
     return {"ignored": told} if told else {}
 
 
+def left_out(folder: Path) -> str | None:
+    """A sentence about the tensors that a conversion into `folder` had no place for."""
+    ignored = manifest.read(folder)["source"].get("ignored")
+    return f"left out, since the model has no place for them: {', '.join(map(ascii, ignored))}" if ignored else None
+
+
 def _check_space(folder: Path, total: int) -> None:
     free = shutil.disk_usage(folder).free
     needed = total + total // 20 + SPARE
@@ -247,9 +253,9 @@ class _Writer:
         """A stored tensor's parts, flat and finite, in its type: a fused part may be of a narrower one."""
         for part in self.stored[name].parts:
             values = part.read().reshape(-1).to(self.stored[name].dtype)
-            if not all(torch.isfinite(chunk).all() for chunk in values.split(FINITE_CHUNK)):
+            if not all_finite(values):
                 what = f"tensor {part.name} ({name}) holds NaN or Inf"
-                raise CorruptWeightsError(what, "download the checkpoint again")
+                raise CorruptWeightsError(what, DOWNLOAD_AGAIN)
             yield values
 
 

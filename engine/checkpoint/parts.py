@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CorruptWeightsError
+from .json_files import DOWNLOAD_AGAIN
 from .pickle_reader import TensorRecord, TorchCheckpoint
 from .safe_files import SafeFiles, SafeRecord
 
@@ -171,6 +172,6 @@ def joined(name: str, parts: Sequence[Part]) -> ReleasedTensor:
     floating = all(part.dtype is not None and part.dtype.is_floating_point for part in parts)
     if not floating or not all(part.shape and part.shape[1:] == first.shape[1:] for part in parts):
         what = f"the parts of {name} differ in shape, or are not floating"
-        raise CorruptWeightsError(what, "download the checkpoint again")
+        raise CorruptWeightsError(what, DOWNLOAD_AGAIN)
     shape = (sum(part.shape[0] for part in parts), *first.shape[1:]) if len(parts) > 1 else first.shape
     return ReleasedTensor(functools.reduce(torch.promote_types, (part.dtype for part in parts)), shape, tuple(parts))

@@ -93,7 +93,7 @@ class Qwen2Layer(nn.Module):
         return norm_mlp(x, self.post_norm, self.gate_up, self.down, act="swiglu")
 
     def follow_in_int8(self, x: Tensor, rotary: Rotary, prefix: Prefix) -> Tensor:
-        """The same behind prompts with whole numbers throughout, where `continues_in_int8` says so."""
+        """The layer behind prompts, as `forward`, with whole numbers throughout, where `continues_in_int8` says so."""
         x = norm_prefix_attention_int8(x, self.input_norm, self.qkv, self.o, rotary, prefix, self.config.heads)
         return self.unattended(x)
 

@@ -1,4 +1,6 @@
-"""Convolutional KL autoencoder (arXiv 2112.10752): stride 2 per level but the last, mean latents.
+"""Convolutional KL autoencoder (arXiv 2112.10752): stride 2 per level but the last.
+
+The encoder returns the posterior [mean | log variance]; a family takes its mean or draws from it.
 
 Two forms, by the type of the configuration. MAR's has attention at the encoder's last level and in both middles, and
 1x1 convolutions on the latents' side; Stable Diffusion 3's (arXiv 2403.03206) has attention in the middles only.

@@ -83,7 +83,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Model]:
         folder, family = convert(source, place / f"{name}-converted", family=name), families.model(name)
         row, config = families.read(folder)
         assert row.name == name
-        module = weights.assemble(partial(family.build, config), NONE, folder, torch.device("cpu"), torch.float32)
+        module = weights.prepared(partial(family.build, config), NONE)
+        weights.load(module, folder, "cpu", torch.float32)
         found[name] = Model(
             family, folder, module.eval(), Tokens(folder / "tokenizer.json", family.IMAGE, config.image_token)
         )

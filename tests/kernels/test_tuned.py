@@ -221,6 +221,8 @@ def test_shipped_tables_are_whole_and_honest(path):
 
 @needs_triton
 def test_shipped_entries_are_all_accepted():
+    if not any(_tuned.read(path)["kernels"] for path in SHIPPED):
+        pytest.skip("no table has an entry: nothing was tuned on a card so far")
     with warnings.catch_warnings():
         warnings.simplefilter("error", KernelWarning)
         _tuned.forget()

@@ -50,8 +50,10 @@ def rotated(tiny_release, tmp_path_factory):
     """The model in float32 with its residual stream rotated and nothing quantised."""
     folder = convert(tiny_release, tmp_path_factory.mktemp("float") / "tiny")
     row, config = families.read(folder)
-    build = partial(families.model(row.name).build, config)
-    return weights.assemble(build, Recipe("none", (), ROTATION), folder, "cpu", torch.float32).eval()
+    recipe = Recipe("none", (), ROTATION)
+    model = weights.prepared(partial(families.model(row.name).build, config), recipe)
+    weights.load(model, folder, "cpu", torch.float32, recipe=recipe)
+    return model.eval()
 
 
 def calls_of(engine: Engine, *kinds: type) -> dict[str, tuple]:

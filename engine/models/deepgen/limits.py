@@ -12,7 +12,7 @@ from ...task import Task
 from ...tokens import Tokens
 from ..context import room_behind
 from .config import DeepGenConfig, DiTConfig
-from .prompts import IMAGE, as_ids, turn, unconditional_turn
+from .prompts import IMAGE, as_ids, avoided, turn
 from .vision import MERGE, PIXELS
 from .vision import PATCH as SEEN
 
@@ -67,7 +67,7 @@ def check_prompts(config: DeepGenConfig, tokens: Tokens, task: Task, prompts: Se
     check_task(config.dit, task)
     count = len(task.sources)
     texts = {turn(task.kind, prompt, count): prompt for prompt in prompts}
-    texts[unconditional_turn(task.kind, task.negative, count)] = task.negative or ""
+    texts[turn(task.kind, avoided(task), count)] = task.negative or ""
     check_texts(config, tokens, task, texts)
 
 

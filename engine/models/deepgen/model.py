@@ -23,7 +23,6 @@ from ...layers.vae import VAEDecoder, VAEEncoder
 from ...layers.vae_bands import decode_in_bands
 from ...next_token import cache_to_answer, next_logits  # noqa: F401 (the engine asks the family)
 from ...noise import Noise
-from ...schedules import FLOW_STEPS
 from ...task import Batch, Task
 from ...tokens import Tokens
 from . import conditioner
@@ -41,7 +40,7 @@ from .limits import (  # noqa: F401 (the engine asks the family)
 )
 from .mmdit import MMDiT
 from .modulation import Modulation
-from .prompts import IMAGE, PICTURE, SYSTEM, TURN, as_ids, turn, unconditional_turn  # noqa: F401 (IMAGE: as above)
+from .prompts import IMAGE, PICTURE, SYSTEM, TURN, as_ids, texts_of, turn  # noqa: F401 (IMAGE: as above)
 from .sampler import Guided, Levels, Sampler
 from .speeds import speeds  # noqa: F401 (the engine asks the family)
 from .vision import VisionTower, as_patches, patches
@@ -133,20 +132,13 @@ class Conditions:
     rows: tuple[tuple[str, str], ...] = ()  # of each picture of the batch, its entry of `prompts`
 
 
-def texts_of(task: Task, batch: Batch) -> list[tuple[str, str]]:
-    """Of each picture its prompt and what is to be avoided, in their templates."""
-    count = len(task.sources)
-    negative = unconditional_turn(task.kind, task.negative, count)
-    return [(turn(task.kind, prompt, count), negative) for prompt in batch.prompts]
-
-
 def look(model: DeepGen, tokens: Tokens, task: Task, batch: Batch, reuse: Conditions | None = None) -> Conditions:
     """Embed what the language model has not read yet; pictures of `reuse` (an earlier batch of the task) are kept.
 
     So are prompts that come again. All others are let go here: the modulation of a prompt is large.
     """
     pictures = reuse.pictures if reuse else tuple(see(model, pixels) for pixels in task.sources)
-    known, prompts, rows = {}, {}, texts_of(task, batch)
+    known, prompts, rows = {}, {}, texts_of(task, batch.prompts)
     if reuse:
         known, prompts = reuse.states, taken_over(reuse.prompts, rows)
     image_token, grids, more = model.config.image_token, [x.grid for x in pictures], model.config.connector.queries
@@ -200,7 +192,7 @@ def read(model: DeepGen, tokens: Tokens, task: Task, batch: Batch, seen: Conditi
 
     Those of an earlier batch are kept where any row of this one has them.
     """
-    wanted = {None, *(text for pair in texts_of(task, batch) for text in pair)}
+    wanted = {None, *(text for pair in texts_of(task, batch.prompts) for text in pair)}
     states = {text: x for text, x in seen.states.items() if text in wanted}
     if seen.inputs:
         states |= zip(seen.inputs, states_of(model, seen.inputs.values()), strict=True)
@@ -218,8 +210,8 @@ def condition(model: DeepGen, tokens: Tokens, task: Task, batch: Batch, reuse: C
 
     Pads count even without guidance: they stand in front of a prompt that is shorter than what is to be avoided.
     """
-    rows, prompts = texts_of(task, batch), dict(reuse.prompts)
-    timesteps = torch.tensor(schedule(model.config, task, batch).sigmas[:-1]) * FLOW_STEPS
+    rows, prompts = texts_of(task, batch.prompts), dict(reuse.prompts)
+    timesteps = schedule(model.config, task, batch).timesteps
     for pair in dict.fromkeys(row for row in rows if row not in prompts):
         longest = max(reuse.lengths[text] for text in pair)
         states = [reuse.states[text] for text in rows_of(pair, task)]

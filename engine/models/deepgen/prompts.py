@@ -1,7 +1,8 @@
 """Prompt templates of DeepGen 1.0: which text stands for which task. No system turn, except to answer questions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from ...task import Task
 from ...tokens import Tokens
 
 TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -26,10 +27,17 @@ def turn(kind: str, text: str, pictures: int = 0) -> str:
     return SYSTEM + TURN.format(PICTURE * pictures + text)
 
 
-def unconditional_turn(kind: str, negative: str | None, pictures: int = 0) -> str:
-    """The same template around what is to be avoided."""
-    usual = UNWANTED if kind == "edit" else ""
-    return turn(kind, usual if negative is None else negative, pictures)
+def avoided(task: Task) -> str:
+    """What its pictures are steered away from, in no template."""
+    usual = UNWANTED if task.kind == "edit" else ""
+    return usual if task.negative is None else task.negative
+
+
+def texts_of(task: Task, prompts: Sequence[str], turn: Callable[[str, str, int], str] = turn) -> list[tuple[str, str]]:
+    """Of each picture its prompt and what is to be avoided, in the templates that `turn` has."""
+    count = len(task.sources)
+    negative = turn(task.kind, avoided(task), count)
+    return [(turn(task.kind, prompt, count), negative) for prompt in prompts]
 
 
 def as_ids(tokens: Tokens, text: str, image_token: int, grids: Sequence[tuple[int, int]]) -> list[int]:

@@ -5,7 +5,7 @@ and text embeddings, the merger, the connector's projectors, the last product), 
 of the diffusion transformer: these are made once before the first step, and then leave the card.
 """
 
-from ....quant.recipe import NONE, Recipe, Rotation
+from ....quant.recipe import Recipe, Rotation, recipe_of
 
 LLM = tuple(f"llm.layers.*.{name}" for name in ("qkv", "o", "gate_up", "down"))
 VISION = tuple(f"vision.blocks.*.{name}" for name in ("qkv", "proj", "gate_up", "down"))
@@ -31,7 +31,5 @@ ROTATION = Rotation(
 
 
 def recipe(scheme: str) -> Recipe:
-    """Raises ValueError for a scheme that is none. bitsandbytes has its own ways with outliers: no rotation there."""
-    if scheme == "none":
-        return NONE
-    return Recipe(scheme, MODULES, ROTATION, ROTATED_INPUTS) if scheme == "int8" else Recipe(scheme, MODULES)
+    """Raises ValueError for a scheme that is none."""
+    return recipe_of(scheme, MODULES, ROTATION, ROTATED_INPUTS)

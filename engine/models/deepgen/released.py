@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...checkpoint.differences import refuse, refuse_differences
+from ...checkpoint.json_files import DOWNLOAD_AGAIN
 from ...checkpoint.parts import Centre, Merged, Padded, Part, ReleasedTensor, Shaped, Stored, joined
 from ...checkpoint.pickle_reader import TorchCheckpoint
 from ...checkpoint.safe_files import SafeFiles
@@ -21,7 +22,6 @@ from .released_config import SIZES, Shapes, aligned, positions, read_config, tab
 from .tokenizer import read_tokenizer
 
 LORA_SCALE = 2.0  # alpha / rank of the update: 128 / 64 in the training code, which the file does not tell
-_AGAIN = "download the checkpoint again"
 PATCHES = "transformer.pos_embed.proj.weight"
 Records = dict[str, Part]  # by released name
 
@@ -55,9 +55,10 @@ class Released:
                 self.untuned = _joined(tuned, self.config, records) if updated else {}
                 expected = self.expected()
             except ValueError as error:
-                raise CorruptWeightsError(f"{folder}: {error}", _AGAIN) from None
+                raise CorruptWeightsError(f"{folder}: {error}", DOWNLOAD_AGAIN) from None
             except (KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-                raise CorruptWeightsError(f"{folder}: the sizes do not fit together ({error!r:.200})", _AGAIN) from None
+                what = f"{folder}: the sizes do not fit together ({error!r:.200})"
+                raise CorruptWeightsError(what, DOWNLOAD_AGAIN) from None
             refuse_differences(expected, {name: t.shape for name, t in self.tensors.items()}, str(folder))
             self._stack = stack.pop_all()
 
@@ -102,7 +103,7 @@ def _records(found: Layout, stack: ExitStack) -> tuple[Records, list[str]]:
     """All records by released name, and the names of those that have none."""
     records, ignored = [], []
     for component, paths in found.weights().items():
-        file = stack.enter_context(SafeFiles(paths, f"{_AGAIN}, each tensor in one file"))
+        file = stack.enter_context(SafeFiles(paths, f"{DOWNLOAD_AGAIN}, each tensor in one file"))
         records += [(keys.spelled(component, name), Stored(file, record)) for name, record in file.records.items()]
     if found.native is not None:
         native = stack.enter_context(_opened(found.native))
@@ -117,7 +118,7 @@ def _records(found: Layout, stack: ExitStack) -> tuple[Records, list[str]]:
 
 
 def _opened(path: Path) -> TorchCheckpoint | SafeFiles:
-    return SafeFiles([path], _AGAIN) if path.suffix == ".safetensors" else TorchCheckpoint(path)
+    return SafeFiles([path], DOWNLOAD_AGAIN) if path.suffix == ".safetensors" else TorchCheckpoint(path)
 
 
 def _tensors(

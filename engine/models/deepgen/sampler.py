@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...sampling import WHOLE_RUN
-from ...schedules import begins_within, euler_step, flow_match_sigmas
+from ...schedules import FLOW_STEPS, begins_within, euler_step, flow_match_sigmas
 from .block_cache import BlockCache
 
 
@@ -25,6 +25,11 @@ class Levels:
 
     def __len__(self) -> int:
         return len(self.sigmas) - 1
+
+    @property
+    def timesteps(self) -> Tensor:
+        """(S) float32, as the transformer sees the levels before the last."""
+        return torch.tensor(self.sigmas[:-1]) * FLOW_STEPS
 
     def to(self, device: torch.device) -> "Levels":
         return self

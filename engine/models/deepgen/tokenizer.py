@@ -5,7 +5,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from ...checkpoint.json_files import MAX_BYTES, read_json, read_text
+from ...checkpoint.json_files import DOWNLOAD_AGAIN, instead_of_tokenizer, read_json, read_text
 from ...errors import CorruptWeightsError, ModelMissingError
 
 SPECIAL = {
@@ -19,7 +19,6 @@ SPECIAL = {
 PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_AGAIN = "download the checkpoint again"
 
 
 def tokenizer_folder(model: Path, vlm: Path) -> Path:
@@ -36,27 +35,22 @@ def read_tokenizer(folder: Path) -> tuple[str, dict[str, int]]:
     except (CorruptWeightsError, ModelMissingError):
         raise
     except Exception as error:  # the library raises bare Exception for a bad file
-        raise CorruptWeightsError(f"{folder} holds no tokenizer ({str(error)[:200]})", _AGAIN) from None
+        raise CorruptWeightsError(f"{folder} holds no tokenizer ({str(error)[:200]})", DOWNLOAD_AGAIN) from None
     if unknown := [SPECIAL[name] for name, token in ids.items() if token is None]:
-        raise CorruptWeightsError(f"the tokenizer in {folder} knows no {', '.join(unknown)}", _AGAIN)
+        raise CorruptWeightsError(f"the tokenizer in {folder} knows no {', '.join(unknown)}", DOWNLOAD_AGAIN)
     return tokenizer.to_str(), ids
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         return Tokenizer.from_str(read_text(folder / "tokenizer.json"))
-    parts = [folder / name for name in ("vocab.json", "merges.txt", "tokenizer_config.json")]
-    for path in parts:
-        if not path.is_file():
-            raise ModelMissingError(f"{folder} holds neither tokenizer.json nor {path.name}", _AGAIN)
-        if path.stat().st_size > MAX_BYTES:
-            raise CorruptWeightsError(f"{path} has more than {MAX_BYTES} bytes", _AGAIN)
-    tokenizer = Tokenizer(BPE.from_file(str(parts[0]), str(parts[1])))
+    vocabulary, merges, added = instead_of_tokenizer(folder, ("vocab.json", "merges.txt", "tokenizer_config.json"))
+    tokenizer = Tokenizer(BPE.from_file(str(vocabulary), str(merges)))
     tokenizer.normalizer = normalizers.NFC()
     cut = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    _add_tokens(tokenizer, parts[2])
+    _add_tokens(tokenizer, added)
     return tokenizer
 
 
@@ -69,4 +63,4 @@ def _add_tokens(tokenizer: Tokenizer, path: Path) -> None:
         found = tokenizer.token_to_id(added[token]["content"])
         if found != int(token):
             what = f"{path} gives {added[token]['content']!r:.80} the id {token}, and the vocabulary leaves it {found}"
-            raise CorruptWeightsError(what, _AGAIN)
+            raise CorruptWeightsError(what, DOWNLOAD_AGAIN)

@@ -120,7 +120,7 @@ class UniPic(nn.Module):
         return logits(hidden, self.embed)
 
     def understand_tensors(self, *given: Tensor) -> Tensor:
-        """The same of nothing but tensors, for a graph that serves prompts of any length: the last are a `Prompts`'."""
+        """`understand` of tensors alone, for a graph that serves any prompts; the last four make `Prompts`."""
         return self.understand(*given[:-4], Prompts(*given[-4:], runs=()))
 
 

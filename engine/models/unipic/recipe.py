@@ -6,7 +6,7 @@ norms, and the VAE. The modulations inside the head's blocks are taken, unlike t
 theirs depend on the time alone and are made once, these depend on every token and are 60 % of the head's work.
 """
 
-from ....quant.recipe import NONE, Recipe, Rotation
+from ....quant.recipe import Recipe, Rotation, recipe_of
 
 LLM = tuple(f"llm.layers.*.{name}" for name in ("qkv", "o", "gate_up", "down"))
 MAR = tuple(
@@ -30,7 +30,5 @@ ROTATION = Rotation(
 
 
 def recipe(scheme: str) -> Recipe:
-    """Raises ValueError for a scheme that is none. bitsandbytes has its own ways with outliers: no rotation there."""
-    if scheme == "none":
-        return NONE
-    return Recipe(scheme, MODULES, ROTATION, ROTATED_INPUTS) if scheme == "int8" else Recipe(scheme, MODULES)
+    """Raises ValueError for a scheme that is none."""
+    return recipe_of(scheme, MODULES, ROTATION, ROTATED_INPUTS)

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from ...checkpoint.differences import refuse, refuse_differences
+from ...checkpoint.json_files import DOWNLOAD_AGAIN
 from ...checkpoint.parts import ReleasedTensor, Stored, joined
 from ...checkpoint.pickle_reader import TorchCheckpoint
 from ...errors import CorruptWeightsError, ModelMissingError
@@ -16,7 +17,6 @@ from .released_config import SIZES, VAE_WIDTHS, read_config, read_layers, read_t
 
 WEIGHTS, VAE_WEIGHTS = "pytorch_model.bin", "kl16.ckpt"
 _VAE_SIZES = ("vae.encoder.conv_in.weight", "vae.post_quant_conv.weight", *VAE_WIDTHS)  # they tell the VAE's sizes
-_AGAIN = "download the checkpoint again"
 Records = dict[str, Stored]  # by released name
 
 
@@ -42,9 +42,10 @@ class Released:
                 self.config = read_config(self.folder, llm_folder, shapes, image_token, eos_token)
                 expected = _expected(self.config)
             except ValueError as error:
-                raise CorruptWeightsError(f"{folder}: {error}", _AGAIN) from None
+                raise CorruptWeightsError(f"{folder}: {error}", DOWNLOAD_AGAIN) from None
             except (KeyError, IndexError, TypeError, ArithmeticError, RuntimeError) as error:
-                raise CorruptWeightsError(f"{folder}: the sizes do not fit together ({error!r:.200})", _AGAIN) from None
+                what = f"{folder}: the sizes do not fit together ({error!r:.200})"
+                raise CorruptWeightsError(what, DOWNLOAD_AGAIN) from None
             parts = {ours: names for ours, names in parts.items() if ours in expected or not ours.startswith("vae_")}
             used = {name for names in parts.values() for name in names}
             self.ignored = [name for name in records if name not in used]
@@ -80,7 +81,7 @@ def files(folder: Path) -> list[Path]:
 def qwen_folder(folder: Path) -> Path:
     found = next((f.parent for f in sorted(folder.glob("Qwen*/config.json"))), None)
     if found is None:
-        raise ModelMissingError(f"{folder} holds no Qwen2.5-1.5B-Instruct/config.json", _AGAIN)
+        raise ModelMissingError(f"{folder} holds no Qwen2.5-1.5B-Instruct/config.json", DOWNLOAD_AGAIN)
     if not (found / "tokenizer.json").is_file():
         raise ModelMissingError(f"{found} holds no tokenizer.json", "add the file from the Qwen2.5-1.5B-Instruct model")
     return found
@@ -108,7 +109,7 @@ def _records(folder: Path, stack: ExitStack) -> Records:
         vae = stack.enter_context(TorchCheckpoint(folder / VAE_WEIGHTS))
         records = {f"vae.{name}": Stored(vae, record) for name, record in vae.records.items()}
     elif not any(name.startswith("vae.") for name in main.records):
-        raise ModelMissingError(f"{folder} holds no {VAE_WEIGHTS}", _AGAIN)
+        raise ModelMissingError(f"{folder} holds no {VAE_WEIGHTS}", DOWNLOAD_AGAIN)
     records |= {name: Stored(main, record) for name, record in main.records.items()}
     return {name: found for name, found in records.items() if not keys.is_ignored(name)}
 

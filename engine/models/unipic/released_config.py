@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ...checkpoint.json_files import read_json, read_text
+from ...checkpoint.json_files import DOWNLOAD_AGAIN, read_json, read_text
 from ...errors import CorruptWeightsError
 from . import keys
 from .config import CHECKS, VAE_LEVELS, UniPicConfig
@@ -19,7 +19,6 @@ SIZES = "tiny_config.json"
 RELEASED = {"mar_heads": 16, "buffer": 64, "steps": 100, "vae_scale": 0.2325, "img_size": 1024}
 VAE_GROUPS = 32
 VAE_WIDTHS = [f"vae.encoder.down.{level}.block.0.conv1.weight" for level in range(VAE_LEVELS)]
-_AGAIN = "download the checkpoint again"
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -120,7 +119,7 @@ def read_tokenizer(path: Path) -> tuple[str, int, int]:
     except CorruptWeightsError:
         raise
     except Exception as error:  # the library raises bare Exception for a bad file
-        raise CorruptWeightsError(f"{path} is not a tokenizer ({str(error)[:200]})", _AGAIN) from None
+        raise CorruptWeightsError(f"{path} is not a tokenizer ({str(error)[:200]})", DOWNLOAD_AGAIN) from None
     if image is None or eos is None:
-        raise CorruptWeightsError(f"{path} knows no <|im_end|>", _AGAIN)
+        raise CorruptWeightsError(f"{path} knows no <|im_end|>", DOWNLOAD_AGAIN)
     return tokenizer.to_str(), image, eos

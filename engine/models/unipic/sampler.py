@@ -41,7 +41,10 @@ class Kept:
 
 
 class Sampler:
-    """On a CPU the noise of all steps is made in one pass, faster there; recorded noise is in memory anyway."""
+    """The rounds of one batch. The head's noise is drawn inside kernels, or comes from memory.
+
+    On a CPU it is made for all steps in one pass, which is faster there; recorded noise is in memory anyway.
+    """
 
     def __init__(
         self,

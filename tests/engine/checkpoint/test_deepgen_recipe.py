@@ -21,8 +21,9 @@ def folder(tiny_deepgen, tmp_path_factory):
 
 def filled(folder, recipe: Recipe) -> nn.Module:
     row, config = families.read(folder)
-    build = partial(families.model(row.name).build, config)
-    return weights.assemble(build, recipe, folder, "cpu", torch.float32).eval()
+    model = weights.prepared(partial(families.model(row.name).build, config), recipe)
+    weights.load(model, folder, "cpu", torch.float32, recipe=recipe)
+    return model.eval()
 
 
 def conditions(model: nn.Module) -> tuple[Tensor, Tensor]:

@@ -219,7 +219,8 @@ def test_a_converted_folder_loads_and_says_what_it_is(tiny_deepgen, tmp_path):
     dst = convert(tiny_deepgen, tmp_path / "out")  # which sees what it is
     family, config = families.read(dst)
     assert family.name == "deepgen" and config.connector.taps == 3 and manifest.verify(dst)
-    model = weights.assemble(partial(families.model("deepgen").build, config), NONE, dst, "cpu", torch.float32)
+    model = weights.prepared(partial(families.model("deepgen").build, config), NONE)
+    weights.load(model, dst, "cpu", torch.float32)
     expected = read(tiny_deepgen)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     assert hub.resolve(tiny_deepgen).parent.name == "models"

@@ -17,7 +17,6 @@ from ....errors import UnipicWarning
 from ....graphs import Graphs
 from ....layers.attention import Attention
 from ....layers.vae import VAEDecoder, VAEEncoder
-from ....schedules import FLOW_STEPS
 from ....task import Batch, Task
 from ....tokens import Tokens
 from ...deepgen.limits import check_task, max_image_tokens  # noqa: F401 (the engine asks the family)
@@ -140,7 +139,7 @@ def ids(model: Kontext, tokens: Tokens, encoder: str, texts: Sequence[str]) -> T
 def condition(model: Kontext, tokens: Tokens, task: Task, batch: Batch, reuse: Conditions) -> Conditions:
     """What the transformer takes of each prompt."""
     rows, prompts = texts_of(task, batch.prompts), dict(reuse.prompts)
-    timesteps = torch.tensor(schedule(model.config, task, batch).sigmas[:-1]) * FLOW_STEPS
+    timesteps = schedule(model.config, task, batch).timesteps
     for pair in dict.fromkeys(row for row in rows if row not in prompts):
         own = rows_of(pair, task)
         text, pooled = (torch.cat([states[text] for text in own]) for states in (reuse.text, reuse.pooled))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ....task import Task
 from ....tokens import Tokens
-from ...deepgen.prompts import UNWANTED
+from ...deepgen.prompts import avoided
 from .config import CLIPConfig, KontextConfig, T5Config
 
 IMAGE = "<|endoftext|>"  # no picture stands in a prompt: see KontextConfig.image_token
@@ -13,8 +13,7 @@ TOKENIZERS = {"clip_l": "", "clip_g": "2", "t5": "3"}  # as engine/tokens.py num
 
 def texts_of(task: Task, prompts: Sequence[str]) -> list[tuple[str, str]]:
     """Of each picture its prompt, and what is to be avoided."""
-    usual = UNWANTED if task.kind == "edit" else ""
-    return [(prompt, usual if task.negative is None else task.negative) for prompt in prompts]
+    return [(prompt, avoided(task)) for prompt in prompts]
 
 
 def ids_of(tokens: Tokens, config: KontextConfig, encoder: str, text: str) -> list[int]:

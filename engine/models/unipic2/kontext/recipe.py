@@ -4,7 +4,7 @@ diffusion transformer what DeepGen's recipe takes.
 T5's residual stream has no last table to rotate into, so only the inputs of its MLPs' second layers are rotated.
 """
 
-from .....quant.recipe import NONE, Recipe
+from .....quant.recipe import Recipe, recipe_of
 from ...deepgen.recipe import ALONE, DIT
 
 CLIP_LAYER = (*(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
@@ -17,6 +17,4 @@ ROTATED_INPUTS = ("t5.block.*.layer.1.DenseReluDense.wo",)  # a gate multiplies 
 
 def recipe(scheme: str) -> Recipe:
     """Raises ValueError for a scheme that is none."""
-    if scheme == "none":
-        return NONE
-    return Recipe(scheme, MODULES, rotated_inputs=ROTATED_INPUTS if scheme == "int8" else ())
+    return recipe_of(scheme, MODULES, None, ROTATED_INPUTS)

@@ -9,14 +9,13 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from ....checkpoint.json_files import MAX_BYTES, read_json, read_text
+from ....checkpoint.json_files import DOWNLOAD_AGAIN, instead_of_tokenizer, read_json, read_text
 from ....errors import CorruptWeightsError, ModelMissingError
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # of CLIP
 T5_END, T5_PAD = "</s>", "<pad>"
 # What CLIP cuts text into, in small letters, before byte pairs are merged: words, single digits, runs of signs.
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-_AGAIN = "download the checkpoint again"
 
 
 def read_clip(folder: Path) -> tuple[str, dict[str, int]]:
@@ -46,26 +45,21 @@ def _read(folder: Path, make: Any) -> Tokenizer:
     except (CorruptWeightsError, ModelMissingError):
         raise
     except Exception as error:  # the library raises bare Exception for a bad file
-        raise CorruptWeightsError(f"{folder} holds no tokenizer ({str(error)[:200]})", _AGAIN) from None
+        raise CorruptWeightsError(f"{folder} holds no tokenizer ({str(error)[:200]})", DOWNLOAD_AGAIN) from None
     return tokenizer
 
 
 def _whole(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise ModelMissingError(f"{folder} holds no tokenizer.json", _AGAIN)
+        raise ModelMissingError(f"{folder} holds no tokenizer.json", DOWNLOAD_AGAIN)
     return Tokenizer.from_str(read_text(path))
 
 
 def _clip(folder: Path) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         return _whole(folder)
-    parts = [folder / name for name in ("vocab.json", "merges.txt")]
-    for path in parts:
-        if not path.is_file():
-            raise ModelMissingError(f"{folder} holds neither tokenizer.json nor {path.name}", _AGAIN)
-        if path.stat().st_size > MAX_BYTES:
-            raise CorruptWeightsError(f"{path} has more than {MAX_BYTES} bytes", _AGAIN)
+    parts = instead_of_tokenizer(folder, ("vocab.json", "merges.txt"))
     model = BPE.from_file(*map(str, parts), unk_token=END, end_of_word_suffix="</w>", continuing_subword_prefix="")
     tokenizer = Tokenizer(model)
     spaces = normalizers.Replace(Regex(r"\s+"), " ")
@@ -79,5 +73,5 @@ def _clip(folder: Path) -> Tokenizer:
 def _ids(folder: Path, tokenizer: Tokenizer, **wanted: object) -> dict[str, int]:
     ids = {name: tokenizer.token_to_id(str(text)) for name, text in wanted.items()}
     if unknown := [f"{wanted[name]!r:.80}" for name, found in ids.items() if found is None]:
-        raise CorruptWeightsError(f"the tokenizer in {folder} knows no {', '.join(unknown)}", _AGAIN)
+        raise CorruptWeightsError(f"the tokenizer in {folder} knows no {', '.join(unknown)}", DOWNLOAD_AGAIN)
     return ids

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ....layers.attention import Attention
 from ....layers.linear import Linear
-from ....schedules import FLOW_STEPS
 from ....task import Batch, Task
 from ....tokens import Tokens
+from ...deepgen import prompts as prompts_of
 from ...deepgen.conditioner import Row, in_a_row, last_states, with_queries
 from ...deepgen.config import DeepGenConfig as Config
 from ...deepgen.limits import (  # noqa: F401 (the engine asks the family)
@@ -50,7 +50,7 @@ from ...deepgen.prompts import IMAGE, as_ids  # noqa: F401
 from ...deepgen.speeds import speeds  # noqa: F401 (the engine asks the family)
 from ...deepgen.vision import MERGE, as_patches
 from ..limits import fitted_size  # noqa: F401
-from .prompts import turn, unconditional_turn
+from .prompts import turn
 from .shrink import smaller
 
 kinds = ("generate", "edit", "ask")
@@ -86,9 +86,7 @@ def build(config: Config, attend: Attention | None = None) -> MetaQuery:
 
 def texts_of(task: Task, prompts: Sequence[str]) -> list[tuple[str, str]]:
     """Of each picture its prompt and what is to be avoided, in their templates."""
-    count = len(task.sources)
-    negative = unconditional_turn(task.kind, task.negative, count)
-    return [(turn(task.kind, prompt, count), negative) for prompt in prompts]
+    return prompts_of.texts_of(task, prompts, turn)
 
 
 def look(model: MetaQuery, tokens: Tokens, task: Task, batch: Batch, reuse: Conditions | None = None) -> Conditions:
@@ -134,7 +132,7 @@ def read(model: MetaQuery, tokens: Tokens, task: Task, batch: Batch, seen: Condi
 def condition(model: MetaQuery, tokens: Tokens, task: Task, batch: Batch, reuse: Conditions) -> Conditions:
     """What the transformer takes of each prompt."""
     rows, prompts = texts_of(task, batch.prompts), dict(reuse.prompts)
-    timesteps = torch.tensor(schedule(model.config, task, batch).sigmas[:-1]) * FLOW_STEPS
+    timesteps = schedule(model.config, task, batch).timesteps
     for pair in dict.fromkeys(row for row in rows if row not in prompts):
         states = torch.cat([reuse.states[text] for text in rows_of(pair, task)])
         prompts[pair] = guided(model, states, timesteps)
@@ -145,5 +143,5 @@ def check_prompts(config: Config, tokens: Tokens, task: Task, prompts: Sequence[
     """Raise UsageError for sizes beyond the tables, prompts that do not fit, and options of other families."""
     check_task(config.dit, task)
     texts = dict(zip((pair[0] for pair in texts_of(task, prompts)), prompts, strict=True))
-    texts[unconditional_turn(task.kind, task.negative, len(task.sources))] = task.negative or ""
+    texts[turn(task.kind, prompts_of.avoided(task), len(task.sources))] = task.negative or ""
     check_texts(config, tokens, task, texts)

@@ -1,14 +1,8 @@
 """Prompt templates of UniPic2-MetaQuery: those of Qwen2.5-VL without its system turn; prompts are used as typed."""
 
-from ...deepgen.prompts import PICTURE, TURN, UNWANTED
+from ...deepgen.prompts import PICTURE, TURN
 
 
 def turn(kind: str, text: str, pictures: int = 0) -> str:
     """The prompt of a row, with one placeholder for each picture."""
     return TURN.format(f"Generate an image: {text}" if kind == "generate" else PICTURE * pictures + text)
-
-
-def unconditional_turn(kind: str, negative: str | None, pictures: int = 0) -> str:
-    """The same template around what is to be avoided."""
-    usual = UNWANTED if kind == "edit" else ""
-    return turn(kind, usual if negative is None else negative, pictures)
