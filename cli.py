@@ -93,14 +93,14 @@ def gen(
     prompts = a.read_prompts(prompt, prompt_file, instead=old.get("prompt"))
     shape = a.wanted_size(res, size) or old.get("size")
     sampling = a.sampling(asked, n=n, batch_size=batch_size, preview_every=preview_every)
-    GenerateRequest(tuple(prompts), shape or (PATCH, PATCH), sampling)  # refuses before a model is loaded
+    request = GenerateRequest(tuple(prompts), shape or (PATCH, PATCH), sampling)  # refuses before a model is loaded
     _hint(terminal, asked.get("model"), prompts)
     _say_drawn(terminal, asked.get("seed"), sampling.seed, lost=no_metadata)
     pictures = Order("generate", tuple(prompts), sampling, a.given(size=shape and f"{shape[0]}x{shape[1]}"))
     saving = {"target": output, "overwrite": overwrite, "metadata": not no_metadata}
     loading = a.loading(asked, device=device, revision=revision, offline=offline)
     loading |= {"vram": vram, "drop_idle": drop_idle, "largest": a.largest("gen", len(prompts), sampling, shape)}
-    make_pictures(terminal, pictures, saving, loading, size=shape)
+    make_pictures(terminal, pictures, request, saving, loading, size=shape)
 
 
 @app.command()
@@ -178,7 +178,7 @@ def edit(
     made = where.get("size") or a.edited_size(picture.size, res, fit, where.get("outpaint"), "mask" in where)
     largest = a.largest("edit", len(prompts), sampling, made, 1 + len(request.references))
     loading |= {"vram": vram, "drop_idle": drop_idle, "largest": largest}
-    make_pictures(terminal, pictures, saving, loading, image=picture, res=res, **where)
+    make_pictures(terminal, pictures, request, saving, loading, image=picture, res=res, **where)
 
 
 @app.command()
@@ -246,16 +246,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _call(arguments: list[str], terminal: Terminal) -> int:
     """Parse and carry out; what the parser refuses becomes a UsageError."""
+    a.check_not_empty(arguments)
     command = typer.main.get_command(app)
     try:
         with command.make_context("unipic-run", arguments, obj=terminal) as context:
             command.invoke(context)
     except typer.Exit as end:
         return end.exit_code
+    except SystemExit:  # rich's way, when whoever read the help has gone
+        raise BrokenPipeError from None
     except Exception as error:
         if not hasattr(error, "format_message"):  # the parser's errors, whose class depends on the version of typer
             raise
-        where = getattr(getattr(error, "ctx", None), "command_path", "unipic-run")
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context else " ".join(["unipic-run", *arguments[:1]])
         what, given = error.format_message().rstrip("."), a.value_of(getattr(error, "param", None), arguments)
         what += f", not {given[:100]!r}" if given is not None and repr(given) not in what else ""
         raise UsageError(what, f"see {where} --help") from None
@@ -286,4 +290,4 @@ def _tell(terminal: Terminal, answer: Answer) -> None:
 def _say_drawn(terminal: Terminal, given: int | None, seed: int, lost: bool) -> None:
     """A drawn seed where neither a picture nor --json tells it."""
     if given is None and lost and not terminal.json:
-        terminal.say(f"seed {seed}")
+        terminal.tell(f"seed {seed}")

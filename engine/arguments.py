@@ -3,12 +3,13 @@
 import re
 import sys
 from collections.abc import Sequence
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .checkpoint.cache import cached, folder_named, local_name, path_named
-from .checks import PATCH
+from .checks import PATCH, check_side
 from .errors import UsageError
 from .request import GPU_BATCH
 from .sampling import EXACT, SAMPLED, SPED, Sampling, as_sampling
@@ -35,6 +36,17 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def check_not_empty(arguments: Sequence[str]) -> None:
+    """Raises UsageError for an option whose value is empty, most likely a variable that is not set."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    words = arguments[:end]
+    empty = [before for before, word in pairwise(words) if word == "" and before.startswith("-")]
+    empty += [word[:-1] for word in words if word.startswith("--") and word.endswith("=")]
+    for name in empty:
+        if name != "--negative":
+            raise UsageError(f"the value '' of {name} is empty", "give it one, or leave it out")
+
+
 def check_stdin(*sources: str | None) -> None:
     """Raises UsageError where several arguments are to be read from stdin."""
     if sources.count("-") > 1:
@@ -56,7 +68,7 @@ def read_prompts(words: str | Sequence[str] | None, file: str | None = None, ins
         raise UsageError("no prompt given", "write one in quotes, or give --prompt-file, or - for stdin")
     if source is None:
         return words or [instead]
-    lines = [line.strip() for line in _text(source).splitlines()]
+    lines = [line.strip() for line in StringIO(_text(source), newline=None)]  # at line ends, and at nothing else
     if not any(lines):
         raise UsageError(f"{'stdin' if source == '-' else source} holds no prompt", "write one a line")
     return list(filter(None, lines))
@@ -87,7 +99,10 @@ def wanted_size(res: int | None, size: str | None) -> tuple[int, int] | None:
     """--res or --size as (width, height); None if neither is given."""
     if res is not None and size is not None:
         raise UsageError("both --res and --size given", "use --res for a square, --size for anything else")
-    return (res, res) if res is not None else None if size is None else parse_size(size)
+    if res is not None:
+        check_side("res", res)
+        return res, res
+    return None if size is None else parse_size(size)
 
 
 def parse_outpaint(text: str) -> tuple[int, int, int, int]:
@@ -101,7 +116,8 @@ def parse_outpaint(text: str) -> tuple[int, int, int, int]:
 def repeated_settings(png: str, model: str | None, speed: str | None) -> dict[str, Any]:
     """What `gen --from` takes over from a picture: REPEATED, INT8 attention, and `size` as (width, height).
 
-    What belongs to its speed, SPED, is left out where `speed` is another, or where it had one and `model` is another.
+    What belongs to its speed, SPED, is left out where `speed` is another or exact, or where it had one and `model` is
+    another.
     A picture may name a model that is here or well known; it must not start the download of anything else, so that
     needs a `model` named on the line. Raises ImageError for pictures without our settings, UsageError for those that
     text alone does not make again.
@@ -115,7 +131,7 @@ def repeated_settings(png: str, model: str | None, speed: str | None) -> dict[st
         raise UsageError(f"{png} was made by {task!r}, not from text alone", "--from repeats pictures of `gen`")
     sped = found.get("speed", EXACT)
     other_model = model is not None and not _names(model, str(found.get("model")))
-    anew = speed not in (None, sped) or (sped != EXACT and other_model)
+    anew = speed == EXACT or speed not in (None, sped) or (sped != EXACT and other_model)
     left = SPED if anew else ()
     settings = {name: found[name] for name in REPEATED if name not in left and found.get(name) is not None}
     for name in ("prompt", "model", "dtype", "quant"):
@@ -126,8 +142,14 @@ def repeated_settings(png: str, model: str | None, speed: str | None) -> dict[st
         raise UsageError(f"{png} was made with the model {made_by[:200]!r}, which is not here", "give --model")
     if found.get("attention") == INT8:
         settings["attention"] = INT8
-    if "size" in found:
-        settings["size"] = parse_size(str(found["size"]))
+    try:
+        if "size" in found:
+            settings["size"] = parse_size(str(found["size"]))
+        sampling(settings)
+    except UsageError as error:
+        raise UsageError(f"{png} carries wrong settings: {error.what}", "give the options by hand") from None
+    if not isinstance(settings.get("exact_rope", True), bool):
+        raise UsageError(f"{png} carries an exact_rope that is neither true nor false", "give the options by hand")
     return settings
 
 

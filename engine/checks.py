@@ -11,12 +11,16 @@ MAX_SIDE = 16384  # beyond this a size is a typing error; the model's context is
 
 
 def check_size(width: int, height: int) -> None:
-    """Both sides must be positive multiples of 16 and not absurd."""
-    for name, side in (("width", width), ("height", height)):
-        check_whole(name, side, PATCH, MAX_SIDE)
-        if side % PATCH:
-            below = side // PATCH * PATCH
-            raise UsageError(f"{name} {side} is not a multiple of {PATCH}", f"use {below} or {below + PATCH}")
+    check_side("width", width)
+    check_side("height", height)
+
+
+def check_side(name: str, side: int) -> None:
+    """A positive multiple of 16, and not absurd."""
+    check_whole(name, side, PATCH, MAX_SIDE)
+    if side % PATCH:
+        below = side // PATCH * PATCH
+        raise UsageError(f"{name} {side} is not a multiple of {PATCH}", f"use {below} or {below + PATCH}")
 
 
 def check_known(options: Mapping[str, Any], allowed: Any, *more: str) -> None:
@@ -62,6 +66,13 @@ def check_text(name: str, value: object) -> None:
         value.encode()
     except UnicodeEncodeError:
         raise UsageError(f"the {name} is not valid Unicode", "retype it") from None
+    if "\0" in value:  # of text in UTF-16, most likely
+        raise UsageError(f"the {name} holds a null character", "retype it, or save its file as UTF-8")
+
+
+def check_function(name: str, value: object) -> None:
+    if value is not None and not callable(value):
+        raise UsageError(f"{name} is {type(value).__name__}, not a function", f"pass a function, or leave {name} out")
 
 
 def check_one_of(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -62,7 +62,10 @@ def resolve(
     gets one sentence before anything slow.
     Raises UsageError, ModelMissingError, CorruptWeightsError, OutputError.
     """
-    return _resolve(model, revision, offline, _Job(on_progress, say or _silent, fully=False))
+    try:
+        return _resolve(model, revision, offline, _Job(on_progress, say or _silent, fully=False))
+    except PermissionError as error:
+        raise ModelMissingError(f"{error.filename} may not be read", "check its permissions") from None
 
 
 def pull(
@@ -117,7 +120,10 @@ def list_models() -> list[LocalModel]:
 
 def works_now() -> str:
     """What a user without the wanted model can run at once, as half a sentence."""
-    rows = [row for row in list_models() if row.path is not None and row.family != "?"]
+    try:
+        rows = [row for row in list_models() if row.path is not None and row.family != "?"]
+    except (OSError, UsageError):  # a cache that cannot be read
+        rows = list(map(describe, PACKAGED.values()))
     here = [row.name if row.name in PACKAGED else str(row.path) for row in rows]
     more = f" and {len(here) - SHOWN} more (`unipic-run list`)" if len(here) > SHOWN else ""
     known = ", ".join(here[:SHOWN]) or "no model yet"

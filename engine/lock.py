@@ -69,8 +69,9 @@ class Stream(Iterator[str]):
                 raise
 
     def close(self) -> None:
-        """End it, so that the engine can do something else."""
-        self.pieces.close()
+        """End it, so that the engine can do something else; where another thread is in it, behind its next piece."""
+        with self._resumed:
+            self.pieces.close()
 
     @property
     def is_held(self) -> bool:

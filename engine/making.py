@@ -64,6 +64,8 @@ def jobs_of(prompts: Sequence[str], sampling: Sampling, noises: Sequence[Noise] 
     asked = [(prompt, (sampling.seed + copy) & MAX_SEED) for prompt in prompts for copy in range(sampling.n)]
     if noises is None:
         return [Job(prompt, seed, PhiloxNoise(seed)) for prompt, seed in asked]
+    if not isinstance(noises, Sequence) or not all(hasattr(noise, "key") for noise in noises):
+        raise UsageError("noise is no list of noise sources", "give an engine.noise.Noise for each image, or a seed")
     if len(noises) != len(asked):
         raise UsageError(f"{len(noises)} noise sources for {len(asked)} images", "give one for each image")
     return [Job(prompt, None, noise) for (prompt, _), noise in zip(asked, noises, strict=True)]

@@ -94,6 +94,10 @@ class Meter(TorchDispatchMode):
         self._stage, self._since = name, self.current
         self._peak(self.current)
 
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values())
+
     @contextmanager
     def followed_by(self, *segments: Segments) -> Iterator[None]:
         """Inside, what is allocated on the card is allocated there as well."""

@@ -65,9 +65,8 @@ def safe_text(text: str) -> str:
 
 def _field(template: str, fields: dict[str, Any], name: str, spec: str, conversion: str | None) -> str:
     if name not in fields:
-        raise UsageError(
-            f"output template {template!r} has an unknown field {name!r}", f"known are {', '.join(sorted(fields))}"
-        )
+        what = f"output template {template!r} has an unknown field {name!r}"
+        raise UsageError(what, f"known are {', '.join(sorted(fields))}, which are set here")
     if conversion or not _SPEC.fullmatch(spec):
         raise UsageError(
             f"output template {template!r} formats {name!r} in an unknown way",

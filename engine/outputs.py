@@ -18,6 +18,8 @@ from .errors import OutputError, UnipicWarning, UsageError
 from .naming import DEFAULT_TEMPLATE, expand_template, free_path, is_template
 from .png_metadata import check_output, save_png
 
+MOST_ROUNDS = 9999  # a preview's number, for how long its name may get
+
 
 class Outputs:
     """The pictures of one run, by their number from 0.
@@ -27,6 +29,8 @@ class Outputs:
     """
 
     def __init__(self, target: str | None, overwrite: bool = False, metadata: bool = True) -> None:
+        if target == "":
+            raise UsageError("the output's name is empty", "give -o a path, or leave it out")
         self.stream = target == "-"
         self.target = _in_folder(target) if target is None or _is_folder(target) else target
         self.overwrite, self.metadata = overwrite, metadata
@@ -49,6 +53,8 @@ class Outputs:
             self.fixed = [path] if count == 1 else [_numbered(path, number, count) for number in range(1, count + 1)]
             for path in self.fixed:
                 check_output(path, overwrite=self.overwrite)
+                if previews:
+                    check_output(_preview(path, MOST_ROUNDS), overwrite=True)
 
     def check_names(self, settings: Sequence[dict[str, Any]], unknown: Collection[str] = ()) -> None:
         """Those of a template, if the target is one; folders that an unknown setting names are not looked for."""
@@ -68,10 +74,10 @@ class Outputs:
         return save_png(image, path, carried, overwrite=self.overwrite, renumber=not self.overwrite)
 
     def preview(self, index: int, image: Image.Image, settings: dict[str, Any], number: int) -> Path | None:
-        """Write a preview beside where picture `index` will be: `<stem>-preview-<number>.png`."""
-        path = self.place(index, settings)
-        path = path.with_name(f"{path.stem}-preview-{number}{path.suffix}")
-        return save_png(image, path, overwrite=self.overwrite, renumber=not self.overwrite)
+        """Write a preview beside where picture `index` will be, `<stem>-preview-<number>.png`, with its settings."""
+        path, carried = _preview(self.place(index, settings), number), settings | {"preview_of_round": number}
+        how = {"overwrite": self.overwrite, "renumber": not self.overwrite}
+        return save_png(image, path, carried if self.metadata else None, **how)
 
     def place(self, index: int, settings: dict[str, Any]) -> Path:
         """The path of picture `index`, settled when first asked for."""
@@ -98,8 +104,16 @@ def _check_stream(count: int, previews: bool) -> None:
         raise UsageError(f"{count} pictures do not fit one stdout", "ask for one, or give -o a path")
     if previews:
         raise UsageError("previews have no place beside stdout", "give -o a path")
+    if (
+        getattr(sys.stdout, "name", None) == os.devnull
+    ):  # what stands in place of one that whoever started us has closed
+        raise OutputError("stdout is closed", "redirect it, or give -o a path")
     if sys.stdout.isatty():
         raise OutputError("stdout is a terminal, which cannot show a PNG", "redirect it, or give -o a path")
+
+
+def _preview(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}-preview-{number}{path.suffix}")
 
 
 def _fields(template: Path) -> set[str]:
@@ -107,7 +121,7 @@ def _fields(template: Path) -> set[str]:
 
 
 def _is_folder(target: str) -> bool:
-    return target.endswith(("/", os.sep)) or Path(target).is_dir()
+    return target.endswith(("/", os.sep)) or os.path.isdir(target)  # noqa: PTH112 (it never raises)
 
 
 def _in_folder(folder: str | None) -> str:

@@ -184,8 +184,10 @@ def _upright(name: str, picture: Image.Image) -> Image.Image:
     except Exception:  # a broken orientation tag does not make the picture unreadable
         picture = picture.copy()
     if picture.mode.startswith("I;16"):  # PIL clips at 255 instead of scaling
-        levels = np.asarray(picture).astype(np.float32)
+        levels, clear = np.asarray(picture).astype(np.float32), picture.info.get("transparency")
         picture = Image.fromarray(np.rint(levels / 257).astype(np.uint8))
+        if isinstance(clear, int):  # the level that stands for nothing
+            picture.putalpha(Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
     if picture.mode in ("I", "F"):
         raise ImageError(f"{name} has mode {picture.mode!r}, whose brightest value is unknown", "convert it to RGB")
     return picture

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from .errors import ImageError, OutputError
+from .errors import ImageError, OutputError, UsageError
 from .image_file import ImageFile, image_file, image_name
 from .naming import numbered
 
@@ -46,15 +46,16 @@ def save_png(
     A path appears complete or not at all (temporary file beside it, fsync, rename). When it exists: `overwrite`
     replaces it, `renumber` takes the next free name (`a-2.png`), otherwise `OutputError`.
     """
+    if not isinstance(image, Image.Image):
+        raise UsageError(f"the picture is {type(image).__name__}, not a PIL image", "pass for example result.images[0]")
     data = _encoded(image, settings)
     if not isinstance(target, str | os.PathLike):
         try:
             target.write(data)
             target.flush()
         except OSError as error:
-            raise OutputError(
-                f"the picture cannot be written to the stream ({error})", "is its reader alive?"
-            ) from error
+            remedy = "is its reader alive?" if isinstance(error, BrokenPipeError) else "make room, or send it elsewhere"
+            raise OutputError(f"the picture cannot be written to the stream ({error})", remedy) from error
         return None
     path = Path(target)
     check_output(path, overwrite=overwrite or renumber)
@@ -65,7 +66,8 @@ def check_output(target: str | os.PathLike[str], *, overwrite: bool = False) -> 
     """Raise `OutputError` if a picture could not be saved there: call it before the minutes are spent, too."""
     path = Path(target)
     if path.suffix.lower() != ".png":
-        raise OutputError(f"output {str(path)!r} does not end in .png", "images are written as PNG, name it so")
+        wrong = "has no name before its .png" if path.name.lower() == ".png" else "does not end in .png"
+        raise OutputError(f"output {str(path)!r} {wrong}", "images are written as PNG, name it so")
     try:
         if not path.parent.is_dir():
             raise OutputError(f"the folder {str(path.parent)!r} does not exist", "create it, or choose another output")
@@ -124,7 +126,10 @@ def _encoded(image: Image.Image, settings: dict[str, Any] | None) -> bytes:
         # Latin-1 text becomes a tEXt chunk, which every reader knows, anything else iTXt.
         info.add_text("parameters", parameters_text(shown).encode("utf-8", "replace").decode("utf-8"))
     buffer = BytesIO()
-    image.save(buffer, format="PNG", pnginfo=info)
+    try:
+        image.save(buffer, format="PNG", pnginfo=info)
+    except OSError as error:
+        raise OutputError(f"a picture of mode {image.mode} is no PNG ({error})", "convert it to RGB") from error
     return buffer.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""float32 means float32: no TF32 or bfloat16 shortcuts inside matrix products while an engine computes.
+"""float32 means float32: no TF32 or bfloat16 shortcuts inside matrix products while an engine computes, no autocast.
 
 Torch's switches are global to the process, and several engines may run at once: the first one in turns them off, the
 last one out restores what the caller had.
@@ -6,11 +6,12 @@ last one out restores what the caller had.
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
+AUTOCAST = ("cpu", "cuda")  # whose autocast, the calling thread's own, may be on
 _lock = threading.Lock()
 _inside = 0
 _before: list[str] = []
@@ -26,7 +27,10 @@ def true_float32() -> Iterator[None]:
                 scope.fp32_precision = "ieee"
         _inside += 1
     try:
-        yield
+        with ExitStack() as stack:
+            for device in filter(torch.is_autocast_enabled, AUTOCAST):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield
     finally:
         with _lock:
             _inside -= 1

@@ -94,13 +94,20 @@ def check_edit(request: EditRequest, family: Verbs) -> None:
         raise UsageError(what, f"choose from {', '.join(family.posteriors)}")
 
 
-def check_shortcuts(task: Task, family: Verbs) -> None:
+def check_request(request: GenerateRequest | EditRequest, family: Verbs) -> None:
+    """Raises UsageError for what this family cannot do, whichever checkpoint of it."""
+    check_shortcuts(request.sampling, family)
+    if isinstance(request, EditRequest):
+        check_edit(request, family)
+
+
+def check_shortcuts(asked: Task | Sampling, family: Verbs) -> None:
     """Raises UsageError for those this family does not know."""
     for name in SHORTCUTS:
-        usual = getattr(Task, name)
-        if name not in family.shortcuts and getattr(task, name) != usual:
+        value = getattr(asked, name)
+        if name not in family.shortcuts and value not in (None, getattr(Task, name)):
             known = f"; it knows {', '.join(family.shortcuts)}" if family.shortcuts else ""
-            what = f"{name} {getattr(task, name)} has no meaning for this model"
+            what = f"{name} {value} has no meaning for this model"
             raise UsageError(what, f"leave it out{known}")
 
 

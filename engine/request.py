@@ -3,7 +3,7 @@
 Sizes are pixels, seeds unsigned 64-bit integers, times seconds. A field left `None` takes the model's own default.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
@@ -14,6 +14,7 @@ from .checks import (
     check_known,
     check_number,
     check_one_of,
+    check_side,
     check_size,
     check_text,
     check_whole,
@@ -75,7 +76,7 @@ class EditRequest:
             raise UsageError("no instruction given", "say what to change")
         for prompt in self.prompts:
             check_text("instruction", prompt)
-        check_size(self.res, self.res)
+        check_side("res", self.res)
         if self.fit is not None:
             check_one_of("fit", self.fit, FITS)
         if self.posterior is not None:
@@ -116,7 +117,7 @@ class AskRequest:
 
     def __post_init__(self) -> None:
         check_text("question", self.question)
-        check_size(self.res, self.res)
+        check_side("res", self.res)
         check_whole("max_new_tokens", self.max_new_tokens, 1, 10**5)
         check_number("temperature", self.temperature, 0.0, 100.0)
         check_number("top_p", self.top_p, 0.0, 1.0)
@@ -178,6 +179,8 @@ class LargestOptions(TypedDict, total=False):
 
 def as_largest(options: LargestOptions | None) -> Largest:
     """The options as a checked Largest."""
+    if not isinstance(options, Mapping | None):
+        raise UsageError(f"largest is {type(options).__name__}, not a dictionary", 'pass for example {"task": "edit"}')
     options = dict(options or {})
     check_known(options, LargestOptions)
     res, size = options.pop("res", None), options.pop("size", None)
@@ -194,7 +197,7 @@ def check_res(res: int | None, fit: str | None, masked: bool) -> None:
 def as_prompts(prompt: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(prompt, str):
         return (prompt,)
-    if not isinstance(prompt, Sequence):
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
         raise UsageError(f"a prompt is {type(prompt).__name__}, not text", "pass a string or a list of strings")
     return tuple(prompt)
 
@@ -211,7 +214,9 @@ def as_token(cancel: CancelToken | None) -> CancelToken:
 def as_size(res: int | None, size: tuple[int, int] | None, default: int) -> tuple[int, int]:
     """(width, height) from a square's side, a pair, or neither."""
     if size is None:
-        side = default if res is None else as_plain(res)
+        if res is None:
+            return default, default
+        check_side("res", side := as_plain(res))
         return side, side
     if res is not None:
         raise UsageError("both res and size given", "use res for a square, size for anything else")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from .errors import OutputError, UsageError
 from .outcome import Event
+from .request import EditRequest, GenerateRequest
 from .sampling import MAX_SEED, SAMPLED, SHORTCUTS, Sampling
 from .terminal import Terminal
 
@@ -65,11 +66,17 @@ def open_engine(terminal: Terminal, loading: dict[str, Any]) -> "Engine":
 
 
 def make_pictures(
-    terminal: Terminal, order: Order, saving: dict[str, Any], loading: dict[str, Any], **arguments: Any
+    terminal: Terminal,
+    order: Order,
+    request: GenerateRequest | EditRequest,
+    saving: dict[str, Any],
+    loading: dict[str, Any],
+    **arguments: Any,
 ) -> None:
-    """Check the outputs, load the model, then make, save and report the pictures one after the other.
+    """Check the outputs and the request, load the model, then make, save and report the pictures one after the other.
 
-    `saving` goes to Outputs, `loading` to Engine.from_pretrained, `arguments` to Engine.generate or Engine.edit.
+    `request` is as the engine will make it of `arguments`, which go to Engine.generate or Engine.edit; `saving` goes to
+    Outputs, `loading` to Engine.from_pretrained.
     `terminal.data` holds the JSON of what is done so far.
     """
     from .outputs import Outputs
@@ -79,6 +86,7 @@ def make_pictures(
         raise UsageError("a picture and JSON do not fit one stdout", "give -o a path, or leave --json out")
     unknown = LATER.keys() - order.said.keys()
     outputs.check(order.expected_settings(), previews=order.sampling.preview_every > 0, unknown=unknown)
+    check_by_name(loading.get("model", "unipic"), request)
     with open_engine(terminal, loading) as engine:
         settled = order.settled(engine)
         outputs.check_names(order.expected_settings(settled), unknown & ({"size"} - settled.keys()))
@@ -89,6 +97,15 @@ def make_pictures(
         terminal.data.update(timings=result.timings, peak_bytes=result.peak_bytes)
     if saver.unsaid:
         raise saver.unsaid
+
+
+def check_by_name(model: str, request: GenerateRequest | EditRequest) -> None:
+    """Raise UsageError for what a well-known model cannot do, before it is fetched. Torch comes in here."""
+    from . import families
+    from .prepare import check_request
+
+    if model in families.FAMILIES:
+        check_request(request, families.model(model))
 
 
 class _Saver:

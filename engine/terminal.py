@@ -91,7 +91,11 @@ class Terminal:
     def say(self, sentence: str) -> None:
         """What happens next, before something slow."""
         if not self.quiet:
-            self._remark(sentence)
+            self.tell(sentence)
+
+    def tell(self, sentence: str) -> None:
+        """What would be lost otherwise: also with `quiet`."""
+        self._remark(sentence)
 
     def progress(self, doing: str, done: int, total: int) -> None:
         """Bytes done of all; the bar goes when they are."""
@@ -126,9 +130,17 @@ class Terminal:
             if isinstance(error.__cause__, BrokenPipeError):
                 return BROKEN_PIPE
             return self._failed(error.code, error.what, error.remedy, error.exit_code)
+        except OSError as error:
+            if error.filename is None:
+                return self._internal(error)
+            what = f"{os.fspath(error.filename)!r:.500} cannot be used ({error.strerror})"
+            return self._failed("usage", what, "check the path and its permissions", 2)
         except Exception as error:
-            what, remedy = f"{type(error).__name__}: {error}", "run with --debug for the traceback"
-            return self._failed("internal", what, "" if self.debug else remedy, 1)
+            return self._internal(error)
+
+    def _internal(self, error: Exception) -> int:
+        what, remedy = f"{type(error).__name__}: {error}", "run with --debug for the traceback"
+        return self._failed("internal", what, "" if self.debug else remedy, 1)
 
     def _failed(self, code: str, what: str, remedy: str, exit_code: int) -> int:
         """One line on stderr, and with `json` an object; what was finished before stays in it."""

@@ -17,6 +17,7 @@ from torch import nn
 
 from .. import __version__
 from ..quant.recipe import NONE, Recipe
+from .checks import check_function
 from .device import current, dtype_name, memory_peak, out_of_memory, reset_memory_peak
 from .errors import UnipicWarning
 from .loaded import Loaded
@@ -122,6 +123,7 @@ class Worker:
         cancel: CancelToken,
         how: dict[str, Any],
     ) -> Result:
+        check_function("on_event", on_event)
         jobs = jobs_of(request.prompts, request.sampling, noise)
         with self._working("making images") as loaded:
             task, finish = make_task()
@@ -171,6 +173,7 @@ class Worker:
         cancel: CancelToken,
         on_answer: Callable[[Answer], object] | None,
     ) -> list[Answer]:
+        check_function("on_answer", on_answer)
         with self._working("answering", answering=True) as loaded:
             return answer_all(self._reader(loaded, picture, requests), requests, cancel, self.settings_of, on_answer)
 

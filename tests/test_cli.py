@@ -20,6 +20,7 @@ from PIL import Image
 from unipic_run import Engine
 from unipic_run.cli import main
 from unipic_run.engine.arguments import parse_outpaint, parse_size
+from unipic_run.engine.checkpoint.cache import PACKAGED
 from unipic_run.engine.errors import OutputError, UnipicWarning, UsageError
 from unipic_run.engine.outputs import Outputs
 from unipic_run.engine.png_metadata import read_settings, save_png
@@ -243,6 +244,93 @@ def test_previews_are_saved_and_reported(run, model):
     (preview,) = json.loads(out)["previews"]
     assert code == 0 and preview == {"path": "a-preview-2.png", "image": 0, "round": 2}
     assert pixels("a-preview-2.png").shape == (128, 128, 3)
+    assert read_settings("a-preview-2.png") == read_settings("a.png") | {"preview_of_round": 2}
+
+
+def test_a_name_too_long_for_previews_is_refused_before_the_work(run, model):
+    code, out, err = run("gen", "x", "-m", model, "--preview-every", "1", "-o", "y" * 245 + ".png")
+    assert code == 2 and "too long" in err and not out and not pngs()
+    code, _, err = run("gen", "x", "-m", model, "-o", "y" * 300 + ".png")
+    assert code == 2 and "too long" in err and not pngs()
+
+
+def test_a_closed_stdout_is_told_before_the_work(run, model, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["gen", "x", "-m", model, *QUICK, "-o", "-"]) == 2
+    assert "stdout is closed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("list",), ("gen", "x", "-m", "foo"), ("info", "pocket"), ("plan", "gen")])
+def test_a_cache_in_a_home_that_is_not_there_is_told(run, monkeypatch, words):
+    monkeypatch.setenv("UNIPIC_RUN_CACHE", "~nobody-of-that-name/cache")
+    code, _, err = run(*words)
+    assert code in (0, 2) and "internal" not in err and "RuntimeError" not in err
+    assert code == 0 or "name another folder in UNIPIC_RUN_CACHE" in err
+
+
+def test_a_folder_that_may_not_be_read_is_told(run, monkeypatch):
+    """As for a user whom permissions bind."""
+
+    def forbidden(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", forbidden)
+    code, _, err = run("list")
+    assert code == 2 and "cannot be used (Permission denied): check the path and its permissions" in err
+    code, _, err = run("gen", "x", "-m", "org/name", "--offline")
+    assert code in (2, 4) and "PermissionError" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("gen", "x", "--block-cache", "0.1"), "block_cache 0.1 has no meaning for this model"),
+        (("gen", "x", "--cfg-cache", "2", "--model", "deepgen"), "cfg_cache 2.0 has no meaning"),
+        (("edit", "photo.jpg", "x", "--outpaint", "0,0,16,0", "--model", "deepgen"), "does not repaint"),
+        (("edit", "photo.jpg", "x", "--ref", "photo.jpg"), "2 pictures given, this model edits 1"),
+        (("edit", "photo.jpg", "x", "--fit", "longest"), "fit longest is not known to this model"),
+    ],
+)
+def test_what_a_known_model_cannot_do_is_refused_before_it_is_fetched(run, photo, words, said):
+    code, _, err = run(*words, "--offline")
+    assert code == 2 and said in err
+
+
+@pytest.mark.parametrize("words", [("--model", ""), ("-o", ""), ("--prompt-file", ""), ("--model=",)])
+def test_an_empty_value_is_named(run, words):
+    code, _, err = run("gen", "x", *words)
+    assert code == 2 and f"the value '' of {words[0].rstrip('=')} is empty" in err
+
+
+def test_an_empty_thing_to_avoid_is_one(run, model):
+    assert run("gen", "x", "-m", model, *QUICK, "--negative", "", "-o", "a.png")[0] == 0
+    assert read_settings("a.png")["negative"] == ""
+
+
+def test_prompts_end_at_line_ends_alone(run, model):
+    text = "a red circle\u2028on white\r\na blue\x0c ring\n"
+    code, out, _ = run("gen", "-m", model, *QUICK, "-o", "a.png", "--prompt-file", "-", stdin=text.encode())
+    assert code == 0 and len(out.split()) == 2
+    code, _, err = run("gen", "-m", model, *QUICK, "--prompt-file", "-", stdin="a red circle".encode("utf-16-le"))
+    assert code == 2 and "holds a null character: retype it, or save its file as UTF-8" in err
+
+
+def test_wrong_settings_of_a_picture_are_told_with_its_name(run, model):
+    for wrong in ({"size": "axb"}, {"seed": 3.5}, {"steps": "2"}, {"exact_rope": "yes"}):
+        save_png(Image.new("RGB", (16, 16)), "odd.png", {"task": "generate", "prompt": "x", **wrong}, overwrite=True)
+        code, _, err = run("gen", "--from", "odd.png", "-m", model)
+        assert code == 2 and "odd.png carries" in err and "give the options by hand" in err
+
+
+def test_exact_is_exact_whatever_a_picture_was_made_with(run, model):
+    assert run("gen", "x", "-m", model, *QUICK, "--head-steps", "2:2", "-o", "a.png")[0] == 0
+    assert run("gen", "--from", "a.png", "-m", model, "--speed", "exact", "-o", "b.png")[0] == 0
+    assert "head_steps" not in read_settings("b.png") and read_settings("b.png")["steps"] > 2
+
+
+def test_convert_says_that_a_folder_is_converted(run):
+    code, _, err = run("convert", str(PACKAGED["pocket"]), "out")
+    assert code == 2 and "is converted already: give it to --model as it is" in err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -705,7 +793,7 @@ def test_an_unwritable_folder_is_refused_first(run):
         (["edit", "photo.jpg", "x", "--res", "64"], {"task": "edit", "n": 1, "size": (64, 64)}),
         (["edit", "photo.jpg", "x", "--outpaint", "0,0,9,16"], {"task": "edit", "n": 1, "size": (144, 112)}),
         (
-            ["edit", "photo.jpg", "x", "--ref", "photo.jpg", "--size", "96x64"],
+            ["edit", "photo.jpg", "x", "--ref", "photo.jpg", "--size", "96x64", "--model", "deepgen"],
             {"task": "edit", "n": 1, "size": (96, 64), "sources": 2},
         ),
         (["ask", "photo.jpg", "x", "--res", "64"], {"task": "ask", "size": (64, 64)}),

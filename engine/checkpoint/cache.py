@@ -8,21 +8,33 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from ..errors import UsageError
+
 MANIFEST = "manifest.json"
 PACKAGED = {"pocket": Path(__file__).parents[2] / "pocket" / "weights"}  # models that ship inside the package
 
 
 def cache_root() -> Path:
-    """UNIPIC_RUN_CACHE, or `unipic-run` in the system's cache folder. Creates nothing."""
+    """UNIPIC_RUN_CACHE, or `unipic-run` in the system's cache folder. Creates nothing.
+
+    Raises UsageError where that is in a home that cannot be found.
+    """
     if chosen := os.environ.get("UNIPIC_RUN_CACHE"):
-        return Path(chosen).expanduser()
+        return _at_home(chosen, "name another folder in UNIPIC_RUN_CACHE")
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     elif sys.platform == "darwin":
         base = "~/Library/Caches"
     else:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "unipic-run"
+    return _at_home(base, "name a folder for models in UNIPIC_RUN_CACHE") / "unipic-run"
+
+
+def _at_home(folder: str, remedy: str) -> Path:
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"the cache folder {folder} cannot be found ({str(error).rstrip('.')})", remedy) from None
 
 
 def models_folder() -> Path:

@@ -112,6 +112,8 @@ def convert(
 
 def _family_of(src: Path) -> str:
     found = families.of_released(src)
+    if found is None and is_converted(src):
+        raise UsageError(f"{src} is converted already", "give it to --model as it is")
     if found is None:
         what = f"{src} holds no released checkpoint that is known"
         raise ModelMissingError(what, f"give the folder of one of {', '.join(families.FAMILIES)}")
@@ -161,7 +163,7 @@ def _is_done(dst: Path, source: dict[str, Any], check: Check) -> bool:
             return True
     except (CorruptWeightsError, ModelMissingError) as error:
         raise OutputError(f"{dst} exists and is damaged ({error.what})", "delete it and convert again") from None
-    raise OutputError(f"{dst} exists and is not the conversion of this checkpoint", "delete it or choose another name")
+    raise OutputError(f"{dst} exists and is not the conversion of this checkpoint", "choose another name, or delete it")
 
 
 def _may_stay(dst: Path, source: dict[str, Any], check: Check) -> bool:

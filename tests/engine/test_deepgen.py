@@ -111,7 +111,7 @@ def test_what_is_drawn_for_a_source_is_its_own():
     assert all(x.shape == shape and not torch.equal(x, y) for x, y in pairwise(drawn))
     cells = torch.arange(24)
     assert torch.equal(drawn[2].flatten(1).T, noise.normal(Stream.FLOW_START, cells, 16, 1)[0])
-    with pytest.raises(ValueError, match="the tape holds nothing for round 0"):
+    with pytest.raises(ValueError, match="the tape holds nothing for source picture 0"):
         FlowTape(drawn[2]).posterior(0, shape, torch.device("cpu"))
 
 

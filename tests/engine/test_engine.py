@@ -22,6 +22,8 @@ from unipic_run.engine.errors import (
 )
 from unipic_run.engine.kv_cache import Prompts
 from unipic_run.engine.noise import PhiloxNoise
+from unipic_run.engine.png_metadata import save_png
+from unipic_run.engine.request import as_largest
 
 QUICK = {"res": 64, "steps": 3}
 pytestmark = pytest.mark.filterwarnings("ignore::unipic_run.engine.errors.UnipicWarning")
@@ -162,6 +164,32 @@ def test_several_instructions_read_the_picture_once(tiny_engine: Engine, photo: 
     hook.remove()
     alone = tiny_engine.edit(photo, "add snow", res=64, steps=2, seed=1)
     assert len(looks) == 1 and both.images[1].tobytes() == alone.images[0].tobytes()
+
+
+def test_autocast_of_the_caller_changes_nothing(tiny_engine: Engine, photo: Image.Image) -> None:
+    image, answer = tiny_engine.generate("a", seed=1, steps=2, res=128).images[0], tiny_engine.ask(photo, "what?")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert np.array_equal(tiny_engine.generate("a", seed=1, steps=2, res=128).images[0], image)
+        for piece in (stream := tiny_engine.ask(photo, "what?", stream=True)):
+            assert piece and torch.is_autocast_enabled("cpu"), "the caller's own"
+        assert list(stream) == [] and tiny_engine.ask(photo, "what?").ids == answer.ids
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda engine, photo: engine.generate("a", on_event=3),
+        lambda engine, photo: engine.generate("a", noise=[3]),
+        lambda engine, photo: engine.generate("a", noise=3),
+        lambda engine, photo: engine.generate(b"ab"),
+        lambda engine, photo: engine.ask(photo, "what?", on_answer=3),
+        lambda engine, photo: as_largest(3),
+        lambda engine, photo: save_png(3, "a.png"),
+    ],
+)
+def test_things_of_the_wrong_kind_are_refused_before_the_work(tiny_engine: Engine, photo: Image.Image, call) -> None:
+    with pytest.raises(UsageError):
+        call(tiny_engine, photo)
 
 
 def test_streamed_answer_is_the_answer(tiny_engine: Engine, photo: Image.Image) -> None:

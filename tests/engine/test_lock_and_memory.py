@@ -167,6 +167,26 @@ def test_a_stream_that_a_thread_is_just_reading_is_cut_at_its_next_piece() -> No
         next(stream)
 
 
+def test_a_stream_that_another_thread_reads_is_closed_behind_its_next_piece() -> None:
+    begun, go, read = threading.Event(), threading.Event(), []
+
+    def pieces() -> Iterator[str]:
+        begun.set()
+        go.wait(10)
+        yield "a piece"
+        yield "another"
+
+    stream = Stream(pieces())
+    reader = threading.Thread(target=lambda: read.extend(stream))
+    closer = threading.Thread(target=lambda: (go.set(), stream.close()))
+    reader.start()
+    assert begun.wait(10)
+    closer.start()
+    reader.join(10)
+    closer.join(10)
+    assert read[:1] == ["a piece"] and list(stream) == [] and not reader.is_alive() and not closer.is_alive()
+
+
 def test_closing_waits_for_no_stream_that_waits_for_another(
     tiny_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

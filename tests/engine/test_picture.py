@@ -182,6 +182,14 @@ def test_the_second_picture_of_a_phone_photograph_is_ignored():
     assert picture.open_image(data).size == (16, 8)
 
 
+def test_a_transparent_level_of_16_bits_becomes_white():
+    image = Image.fromarray(np.array([[30000, 30001, 0]], dtype=np.uint16))
+    data = BytesIO()
+    image.save(data, "PNG", transparency=30000)
+    opened = picture.open_image(data.getvalue())
+    assert [opened.getpixel((x, 0)) for x in range(3)] == [(255,) * 3, (117,) * 3, (0,) * 3]
+
+
 def test_sixteen_bit_grey_is_scaled_not_clipped():
     levels = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)
     opened = picture.open_image(encoded(Image.fromarray(levels), "PNG"))
