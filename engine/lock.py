@@ -54,24 +54,32 @@ class Stream(Iterator[str]):
 
     def __init__(self, pieces: Generator[str]) -> None:
         """`pieces` raises Closed where it sees the engine closing."""
-        self.pieces, self._cut, self._resumed = pieces, False, threading.RLock()
+        self.pieces, self._resumed = pieces, threading.RLock()
+        self._cut = self._closed = False
 
     def __next__(self) -> str:
         if self._cut:  # asked first, since whoever cuts it may wait for its end
             raise Closed(*CLOSED)
-        with self._resumed:
-            if self._cut:
-                raise Closed(*CLOSED)
-            try:
+        try:
+            with self._resumed:
+                if self._cut:
+                    raise Closed(*CLOSED)
                 return next(self.pieces)
-            except Closed:
-                self._cut = True
-                raise
+        except Closed:
+            self._cut = True
+            raise
+        finally:
+            if self._closed:  # meanwhile, by another thread
+                self.close()
 
     def close(self) -> None:
-        """End it, so that the engine can do something else; where another thread is in it, behind its next piece."""
-        with self._resumed:
-            self.pieces.close()
+        """End it, so that the engine can do something else. A thread that is in it ends it behind its next piece."""
+        self._closed = True
+        if self._resumed.acquire(blocking=False):
+            try:
+                self.pieces.close()
+            finally:
+                self._resumed.release()
 
     @property
     def is_held(self) -> bool:

@@ -104,9 +104,7 @@ def _check_stream(count: int, previews: bool) -> None:
         raise UsageError(f"{count} pictures do not fit one stdout", "ask for one, or give -o a path")
     if previews:
         raise UsageError("previews have no place beside stdout", "give -o a path")
-    if (
-        getattr(sys.stdout, "name", None) == os.devnull
-    ):  # what stands in place of one that whoever started us has closed
+    if getattr(sys.stdout, "name", None) == os.devnull:  # it stands in place of one that was closed
         raise OutputError("stdout is closed", "redirect it, or give -o a path")
     if sys.stdout.isatty():
         raise OutputError("stdout is a terminal, which cannot show a PNG", "redirect it, or give -o a path")
