@@ -40,8 +40,8 @@ def measured(check: Check, repeat: int) -> dict[str, Any]:
     check = replace(check, case=replace(check.case, make=partial(drawn, check.case)))
     operator, arguments = check.operator, check.case.make(ops.DEVICE)
     row = {"operator": operator.name, "key": call_class(arguments), "seconds": 0.0, "torch_seconds": 0.0}
-    again = ops.restoring(operator, arguments)
     try:
+        again = ops.restoring(operator, arguments)
         if not agreement(check, ops.DEVICE, operator.op).holds:
             return row | {"problem": "disagrees with its reference"}
         row["seconds"] = ops.seconds(lambda: operator.op(*arguments), repeat, again)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from unipic_run.kernels._op import Launch
+from unipic_run.kernels._tuned import HOME
 
-HOME = 89  # where launches are specialised and every configuration is compiled
 # The type of both operands of each tensor-core-sized product, in Triton's own code and in PTX.
 DOT = re.compile(r"tt\.dot .*: tensor<[\dx]+x(\w+)> \* tensor<[\dx]+x(\w+)>")
 MMA = re.compile(r"mma(?:_async)?\.\S*\.(s8|u8|bf16|f16|tf32|e4m3|e5m2)\.(?:s8|u8|bf16|f16|tf32|e4m3|e5m2)\b")

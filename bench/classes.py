@@ -40,7 +40,7 @@ REPEAT = 10  # timed runs of what makes the roof
 
 def main(arguments: list[str] | None = None) -> int:
     root = require_this_checkout(__file__)
-    options = latency.parse(arguments)
+    options = latency.parse(arguments, "classes")
     if options.speed != EXACT:
         sys.exit("--speed: classes of operations are timed in exact pictures, leave it out")
     summary: dict[str, Any] = {"bench": "classes"}

@@ -6,8 +6,9 @@
 --random-weights builds the released architecture (or that of a checkpoint folder) without any weights file. One line
 a task, one JSON line last, also when SIGTERM ends it early: then with what there is. Medians over --repeat runs, after
 two to warm up when there is more than one; peaks are of all runs. What the first run took longer, and what each
-compiled and captured, is told apart: the second run of a shape compiles nothing, the third captures nothing, and all
-capturing takes at most half a second, else the exit status is 1. With --plan the JSON also has what the dry run says of
+compiled and captured, is told apart: the second run of a shape compiles nothing, the third captures nothing, all
+capturing takes at most half a second, and no run replays over 3500 graphs; else, or with a task left, the exit status
+is 1. With --plan the JSON also has what the dry run says of
 FLOP, bytes and launches and, on a GPU, the share that each stage reached of the rate of a large matrix product in the
 same run.
 """
@@ -122,8 +123,8 @@ def measure(
         found["plan"] = planned(engine, task, options, found["milliseconds"])
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="latency", description="Time and memory of gen, edit and ask.")
+def parse(arguments: list[str] | None, prog: str = "latency") -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=prog, description="Time and memory of gen, edit and ask.")
     parser.add_argument("--model", default="unipic", help="a short name or a folder (default unipic)")
     parser.add_argument("--random-weights", action="store_true", help="the model's architecture, no weights file")
     parser.add_argument("--res", type=int, default=1024, help="side in pixels (default 1024)")

@@ -6,7 +6,8 @@
 Both are of `--tasks gen --plan` at 1024x1024. In bf16 a picture may take 1.35 times its multiplications at the rate of
 a large matrix product in the same run; in int8 half of what it takes in bf16. Both are asked of sm_89 cards and told of
 others. A line each, one JSON line last; exit status 1 for a target that an sm_89 card misses (a KNOWN one only where it
-grew), 2 where a log has not what it takes. Without a CUDA device it says so and succeeds.
+grew), 2 where a log has not what it takes. --predict needs no card; what compares logs says without one that there is
+none, and succeeds.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from unipic_run.engine.estimate import estimate
 OVER_ARITHMETIC, OF_BF16 = 1.35, 0.5
 ASKED_OF = (8, 9)  # compute capability
 EIGHT = {"quant": "int8", "attention": "int8-qk"}
-KNOWN = {  # seconds over a limit that is missed, which are not to be more
+KNOWN = {  # seconds predicted today that exceed a limit: they may not grow
     "unipic in bf16, exact": 6.83,
     "unipic in int8, exact": 3.16,
 }

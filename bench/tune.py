@@ -98,9 +98,10 @@ def main(arguments: list[str] | None = None) -> int:
     capability, deadline = 10 * major + minor, time.monotonic() + 60 * options.minutes
     print(f"{'kernel and shape class':<48} {'heuristic us':>12} {'best us':>9} {'tried':>5} {'dropped':>7}  options")
     with workers(options.jobs) as each, torch.inference_mode(), true_float32():
-        rows = list(tune(todo := classes(options.only), options, capability, deadline, each))
-        path = options.out / f"sm_{capability}.json"
-        write(path, capability, rows, ops.describe())
+        rows, path = [], options.out / f"sm_{capability}.json"
+        for row in tune(todo := classes(options.only), options, capability, deadline, each):
+            rows.append(row)
+            write(path, capability, rows, ops.describe())  # so that nothing measured is lost to what ends it
         named = {check.operator.name for one in todo for check in one.checks} if options.only else None
         beside = list(calls_beside_torch(real(), named, options.repeat))  # with the options that were just listed
     write(path, capability, rows, ops.describe(), beside)
@@ -115,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tune", description="Measure kernel options on this card and list the best.")
     parser.add_argument("--only", nargs="+", metavar="KERNEL", choices=GRIDS, help=f"of {', '.join(GRIDS)}")
-    parser.add_argument("--minutes", type=float, default=30, help="for all of it (default 30)")
+    parser.add_argument("--minutes", type=float, default=30, help="for trying; torch's paths come behind (default 30)")
     parser.add_argument("--most", type=int, default=40, help="candidates of each shape class (default 40)")
     parser.add_argument("--repeat", type=int, default=20, help="timed runs of each (default 20)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")

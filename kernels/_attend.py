@@ -220,7 +220,11 @@ def add_halves(
     SHIFT: tl.constexpr,
     TWO: tl.constexpr,  # blocks of columns of values
 ):
-    """The state with one more block of keys. No weight is over 1 / BLOCK_N, so no sum over a block over its values."""
+    """The state with one more block of keys.
+
+    Weights have a factor 2^-SHIFT = 1 / BLOCK_N, which the division by `total` takes away again: so the sum of a block
+    is never larger than its largest value, and float16 does not overflow.
+    """
     acc0, acc1, largest, total = state
     now = tl.maximum(largest, tl.max(scores, axis=1) * q_scale)
     weights = tl.exp2(scores * q_scale[:, None] - (now + SHIFT)[:, None])

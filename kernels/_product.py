@@ -121,7 +121,10 @@ def check_product(
     for name, (given, shape) in expected.items():
         if given is not None and given.shape != shape:
             raise ValueError(f"{name} is {tuple(given.shape)}, not {shape}")
-    if gate is not None and (gate.shape[1] != n or rows % max(len(gate), 1) or gate.stride(1) != 1):
+    for name, given in {"weight_scale": weight_scale, "bias": bias, "gate": gate}.items():
+        if given is not None and given.shape[-1] > 1 and given.stride(-1) != 1:
+            raise ValueError(f"{name} has strides {given.stride()}: its last dimension has to be dense")
+    if gate is not None and (gate.shape[1] != n or rows % max(len(gate), 1) or len(gate) < min(rows, 1)):
         raise ValueError(f"gate is {tuple(gate.shape)}, not (G, {n}) where G divides {rows} rows")
 
 

@@ -1,7 +1,7 @@
 """Encoder input of masked autoregressive decoding: LayerNorm([first | W tokens[visible] + b] + position).
 
 One launch gathers the visible tokens, projects their few channels to the model's width, adds positions and
-normalises; the buffer's rows in front come from `first`. Called by `models/unipic/mar.py`, through mar_tokens.py.
+normalises; the buffer's rows in front come from `first`. Called by engine/models/unipic/mar.py.
 Letters: B sequences, n tokens of C channels, V of them visible, D width.
 """
 

@@ -9,7 +9,9 @@
 
 For SwiGLU the weight is (2 N, K) = [gate | up], as one joins the two matrices of a checkpoint, w_scale and bias alike;
 nothing is interleaved, since half of a program's columns read from either half. Sums are exact.
-Called for every large product of the 8-bit models; kernels/int8_weight.py serves a few rows that are not quantised.
+Called by engine/layers/linear.py for the head's modulations, DeepGen's attention outputs, and where nothing fits that
+leaves whole numbers: without int8-qk, and in MLPs whose inner width is no multiple of 128. A few rows that are not
+quantised are for kernels/int8_weight.py.
 """
 
 from typing import Any

@@ -5,10 +5,10 @@
     g    a group of 128 columns of x and of the weight, or a head of 64 to 127; s (M, groups)
     the rest as in kernels/int8_linear.py
 
-Sums within a group are exact. Each costs an addition and a multiplication then, which a product of 128 int8 operands
-hides at best, and counts as if it did not. No conversion: sums begin at a whole number whose bits are a float's, and
-end as the bits of that float plus the sum.
-Called for the MLPs of 8-bit models (engine/layers/linear.py), those of the head included, and behind their attention.
+Sums within a group are exact. Each is then scaled and added to a total in float32: two instructions a value, counted as
+if nothing hid them. Instead of being converted, sums begin at MAGIC, the bits of 1.5 * 2^23: below 2^22, what they end
+as are the bits of 1.5 * 2^23 + sum.
+Called for the MLPs of 8-bit models (engine/layers/linear.py), the head's included, and behind UniPic's attention.
 Heads of 80 are multiplied as 64 + 32 columns, the least that int8 products take: a sixth in vain.
 Letters: M rows, K inputs, N outputs.
 """
@@ -60,7 +60,7 @@ def int8_linear_of_groups_torch(x, x_scale, weight, weight_scale, bias, residual
 @triton.jit(do_not_specialize=["m", "group"])
 def _of_groups_kernel(
     x_ptr,  # (M, K) int8 contiguous
-    x_scale_ptr,  # (M, K / 128) float32
+    x_scale_ptr,  # (M, K / GROUP) float32
     weight_ptr,  # (N, K) int8 contiguous
     scale_ptr,  # what follows is said at _product.epilogue
     bias_ptr,

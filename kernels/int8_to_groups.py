@@ -6,8 +6,8 @@
     R    as in kernels/quantise.py, in groups of 128 columns, or nothing
     the rest as in kernels/int8_linear.py
 
-Where a row of y is whole no program sees it: it is thousands of columns wide. Its groups are within tiles, and their
-scales are finer than one for all of it. kernels/int8_of_groups.py reads them; y never travels through memory as floats.
+No program sees a whole row of y, which is thousands of columns wide; but whole groups lie within its tile, and a scale
+a group is finer than one a row. kernels/int8_of_groups.py reads them; y never travels through memory as floats.
 Called for the MLPs of 8-bit models (engine/layers/linear.py). Letters: M rows, K inputs, N outputs.
 """
 

@@ -2,8 +2,9 @@
 
     y = bias, but where a column is one of the keys': y = - mean over a sample of rows of x_scale (q_x q_W^T) w_scale
 
-Keys with a bias, and from them one vector near their mean taken off, are keys without either and this added: softmax
-does not see what all keys share (kernels/quantise_qkv.py). The vector is the same for a picture, and kernels/
+Softmax does not see what all keys of a head share, so a vector near their mean may be taken off them
+(kernels/quantise_qkv.py). The mean of keys with a bias holds the bias, so both cancel: in place of a bias, keys get
+their mean without one, negated. The vector is the same for a picture, and kernels/
 int8_to_heads.py needs it before any of its programs. Letters: B pictures, L rows of each, K inputs, N outputs.
 """
 

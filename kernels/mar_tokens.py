@@ -1,12 +1,12 @@
 """Moving tokens between the visible set and the full grid, the data movement of masked autoregressive decoding.
 
-    embed_visible   LN([first | project(tokens[visible])] + position)               encoder input, embed_visible.py
     place_tokens    [x | base where nothing is visible] + position                  decoder input
     select_tokens   x[index];   add_positions   x + position[index]                 what the round predicts
 
-Called by `models/unipic/mar.py` and `layers/vit_block.py`. Index plans are int64 raster positions (0 .. n-1), one row
-a sequence, all rows equally long, made before the loop by `engine/schedules.py`; where x has R = k B rows for B rows of
-index, these repeat. The first `buffer` rows of every sequence are the MAR buffer. D is the MAR width, C a token's.
+Called by engine/models/unipic/mar.py and engine/layers/vit_block.py. Index plans are int64 raster positions
+(0 .. n-1), one row a sequence, all rows equally long, made before the loop by engine/schedules.py; where x has R = k B
+rows for B rows of index, these repeat. The first `buffer` rows of every sequence are the MAR buffer. D is the MAR
+width, C a token's.
 """
 
 import torch
@@ -14,9 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._op import Case, Cost, Operator, cdiv, launch, random_tensor, row_share, tl, triton
-from .embed_visible import embed_visible
-
-__all__ = ["add_positions", "embed_visible", "grid_positions", "inverse_index", "place_tokens", "select_tokens"]
 
 
 def inverse_index(index: Tensor, n: int) -> Tensor:

@@ -8,6 +8,8 @@
 Statistics are float32. Letters: N rows, D width. One program a row, which it reads once.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -168,8 +170,9 @@ def norm_cost(x, weight, bias, shift, scale, eps, rms, out_bytes: int | None = N
     return Cost(8 * x.numel(), read + x.numel() * (out_bytes or x.element_size()))
 
 
-def _norm_int8_cost(*arguments) -> Cost:
-    return norm_cost(*arguments, out_bytes=1)
+def _norm_int8_cost(x, *arguments) -> Cost:
+    whole = norm_cost(x, *arguments, out_bytes=1)
+    return replace(whole, nbytes=whole.nbytes + 4 * (x.numel() // x.shape[-1]))
 
 
 _ARGUMENTS = "(Tensor x, Tensor? weight, Tensor? bias, Tensor? shift, Tensor? scale, float eps, bool rms)"

@@ -5,9 +5,11 @@
     prefix    as in kernels/prefix_attention.py, in the model's dtype and not mixed
     result    int8 and a scale for each head of a row, float32: the groups that kernels/int8_of_groups.py reads
 
-Softmax does not see what all keys share, so `off` is taken off the prefix as well. Its scores, of few keys, are of
-halves: every program mixes its queries back once. The rest as in kernels/attention_int8.py: within 2e-2 of float64,
-relative. Called for the language model of an 8-bit UniPic. Letters as in kernels/prefix_attention.py.
+Softmax does not see what all keys share, so `off` is taken off the prefix as well. Its keys are neither mixed nor
+quantised: every program mixes its queries back once, and scores with them are products of float16. A prompt is short,
+but a picture to edit has about 1100 keys, and the cost counts them as if they were int8.
+The rest as in kernels/attention_int8.py: within 2e-2 of float64, relative. Called for the language model of an 8-bit
+UniPic. Letters as in kernels/prefix_attention.py.
 """
 
 import torch

@@ -52,7 +52,8 @@ def _store_int8(
     tl.store(scale_ptr + row, scale, mask=row < count)
 
 
-@triton.jit
+# As in kernels/attention.py: counts that change from round to round, of which one binary is to do.
+@triton.jit(do_not_specialize=["lq", "lk"])
 def _quantise_qkv_kernel(
     q_ptr,  # (B, H, Lq, d), last dimension contiguous, as of k and v
     k_ptr,  # (B, K, Lk, d)

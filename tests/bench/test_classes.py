@@ -8,11 +8,13 @@ import time
 import pytest
 import torch
 from unipic_run.bench import classes
+from unipic_run.bench.ops import HALF_SUMS
 from unipic_run.bench.stopwatch import Stopwatch, written
 from unipic_run.engine.meter import Call
-from unipic_run.kernels._op import HAS_TRITON, OPERATORS
+from unipic_run.kernels._op import HAS_TRITON
+from unipic_run.kernels.norms import norm
 
-ROOF = {"bf16": 1e12, "int8": 2e12, "fp16": 1e12, "fp32": 5e11, "copy": 1e9}
+ROOF = {"bf16": 1e12, "int8": 2e12, "fp16": 1e12, HALF_SUMS: 1e12, "fp32": 5e11, "copy": 1e9}
 
 
 def call(kind, precision, name, flop, nbytes, shape=(8, 8), stage="sample"):
@@ -118,7 +120,7 @@ def test_on_a_card_a_tiny_picture_is_judged(tiny_release, capsys, how):
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 def test_a_kernel_that_could_not_be_had_is_a_failure(tiny_release, capsys, monkeypatch):
     monkeypatch.setattr(classes, "time_a_picture", lambda *how: None)
-    monkeypatch.setattr(OPERATORS["unipic::norm"], "broken", "no such thing")
+    monkeypatch.setattr(norm, "broken", "no such thing")
     model = ("--model", str(tiny_release), "--random-weights", "--device", "cpu", "--dtype", "fp32")
     assert classes.main([*model, "--res", "64", "--iters", "2"]) == 1
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -90,7 +90,10 @@ def test_the_clock_and_the_roof_run_on_a_cpu_as_well():
     done = []
     took = ops.seconds(lambda: time.sleep(0.002), 3, before=lambda: done.append(1), device="cpu", warm_up=1)
     assert 0.002 <= took < 0.1 and len(done) == 4
-    assert all(rate > 0 for rate in ops.measured_roof(1, "cpu").values())
+    before = torch.backends.cuda.matmul.allow_fp16_accumulation
+    roof = ops.measured_roof(1, "cpu")
+    assert all(rate > 0 for rate in roof.values()) and roof[ops.HALF_SUMS] >= roof["fp16"]
+    assert torch.backends.cuda.matmul.allow_fp16_accumulation == before
 
 
 def test_nothing_is_timed_before_all_of_it_is_queued(monkeypatch):

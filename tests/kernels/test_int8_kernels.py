@@ -10,7 +10,7 @@ from unipic_run.kernels import int8_linear as linear_file
 from unipic_run.kernels import int8_weight as weight_file
 from unipic_run.kernels import quantise as quantise_file
 from unipic_run.kernels._op import HAS_TRITON, interpreted, recording
-from unipic_run.kernels._product import fewest_clocks
+from unipic_run.kernels._product import check_product, fewest_clocks
 from unipic_run.kernels.int8_linear import TILES, int8_linear, int8_linear_ref
 from unipic_run.kernels.int8_weight import int8_weight_linear, int8_weight_ref
 from unipic_run.kernels.quantise import group_of, quantise, quantise_rows, rotated, walsh_hadamard
@@ -135,6 +135,21 @@ def test_groups_that_do_not_fit_are_refused():
     for group in (0, 3, 64, 256):
         with pytest.raises(ValueError, match=f"group {group} is no power of two up to 128 that divides 96 columns"):
             quantise(torch.ones(2, 192), "swiglu", group)
+
+
+def test_operands_that_a_kernel_would_read_beyond_are_refused():
+    x, weight, scale = torch.ones(4, 32, dtype=torch.int8), torch.ones(8, 32, dtype=torch.int8), torch.ones(8)
+    check_product(x, weight, scale, scale, "none", None, torch.ones(2, 8))
+    check_product(x[:0], weight, scale, None, "none", None, torch.ones(0, 8))
+    for bias, gate, said in (
+        (None, torch.ones(0, 8), r"gate is \(0, 8\), not \(G, 8\) where G divides 4 rows"),
+        (None, torch.ones(3, 8), "where G divides 4 rows"),
+        (None, torch.ones(8, 2).T, r"gate has strides \(1, 2\): its last dimension has to be dense"),
+        (torch.ones(1).expand(8), None, r"bias has strides \(0,\): its last dimension has to be dense"),
+        (torch.ones(7), None, r"bias is \(7,\), not \(8,\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            check_product(x, weight, scale, bias, "none", None, gate)
 
 
 def test_halves_are_rounded_away_from_zero():

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from unipic_run.kernels._op import HAS_TRITON, interpreted
 from unipic_run.kernels.ddpm_step import DDPMStep, ddpm_step
+from unipic_run.kernels.embed_visible import embed_visible
 from unipic_run.kernels.gate import gated_add, swiglu
-from unipic_run.kernels.mar_tokens import embed_visible, grid_positions, place_tokens, select_tokens
+from unipic_run.kernels.mar_tokens import grid_positions, place_tokens, select_tokens
 from unipic_run.kernels.norms import norm, rms_norm
 from unipic_run.kernels.rope import rope
 

@@ -7,7 +7,8 @@ Every sequence starts with `buffer` extra rows.
 import torch
 from torch import Tensor, nn
 
-from ....kernels.mar_tokens import add_positions, embed_visible, grid_positions, place_tokens
+from ....kernels.embed_visible import embed_visible
+from ....kernels.mar_tokens import add_positions, grid_positions, place_tokens
 from ...layers.attention import Attention
 from ...layers.linear import Linear
 from ...layers.vit_block import NORM_EPS, ViTBlock
