@@ -76,8 +76,8 @@ part environment 20 "$PYTHON" -c 'import sys; from unipic_run.cli import main; s
 if command -v nvidia-smi >/dev/null; then part nvidia-smi 10 nvidia-smi -q; fi
 part compile 100 "$PYTHON" bench/compile_ahead.py
 part parity 60 "${parity[@]}"
-# What runs the engine on the card comes first, and a Ctrl-C ends it with its results told.
-SIGNAL=INT part gpu-tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/gpu tests/[!bg]* tests/bench
+# What runs the engine on the card comes first (tests/conftest.py), and a Ctrl-C ends it with its results told.
+SIGNAL=INT part gpu-tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests
 part bf16 75 "${latency[@]}" --tasks gen --repeat 2 --plan
 part int8 85 "${latency[@]}" --tasks gen --repeat 2 --plan --quant int8 --attn int8-qk
 part targets 15 "$PYTHON" bench/targets.py "$OUT/bf16.log" "$OUT/int8.log"

@@ -145,7 +145,8 @@ def _version(package: str) -> str | None:
 
 def _cache_facts() -> dict[str, Any]:
     cache = hub.cache_root()
-    there = next(folder for folder in (cache, *cache.absolute().parents) if os.path.exists(folder))  # noqa: PTH110 (it never raises)
+    seen = filter(os.path.exists, (cache, *cache.absolute().parents))  # which, unlike a Path's, never raises
+    there = next(seen)
     try:
         rows = [row for row in hub.list_models() if row.path and row.family != "?"]
         models = tuple(row.name for row in rows if row.name not in hub.PACKAGED)

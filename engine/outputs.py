@@ -29,8 +29,6 @@ class Outputs:
     """
 
     def __init__(self, target: str | None, overwrite: bool = False, metadata: bool = True) -> None:
-        if target == "":
-            raise UsageError("the output's name is empty", "give -o a path, or leave it out")
         self.stream = target == "-"
         self.target = _in_folder(target) if target is None or _is_folder(target) else target
         self.overwrite, self.metadata = overwrite, metadata

@@ -77,7 +77,7 @@ class Terminal:
                 self.line("")
             waiting, self._waiting = self._waiting, []
             for sentence in waiting:
-                self._remark(f"note: {sentence}")
+                self.tell(f"note: {sentence}")
 
     def note(self, sentence: str) -> None:
         """A remark that does not stop the work, each one once; errors alone are shown with `quiet`."""
@@ -86,16 +86,12 @@ class Terminal:
             if self._in_line:
                 self._waiting.append(sentence)
             else:
-                self._remark(f"note: {sentence}")
+                self.tell(f"note: {sentence}")
 
     def say(self, sentence: str) -> None:
         """What happens next, before something slow."""
         if not self.quiet:
             self.tell(sentence)
-
-    def tell(self, sentence: str) -> None:
-        """What would be lost otherwise: also with `quiet`."""
-        self._remark(sentence)
 
     def progress(self, doing: str, done: int, total: int) -> None:
         """Bytes done of all; the bar goes when they are."""
@@ -148,7 +144,7 @@ class Terminal:
         if self.debug:
             with suppress(OSError):
                 traceback.print_exc()
-        self._remark(f"error: {what}" + (f": {remedy}" if remedy else ""))
+        self.tell(f"error: {what}" + (f": {remedy}" if remedy else ""))
         if self.json:
             with suppress(OSError):
                 self._put(self._object())
@@ -168,7 +164,8 @@ class Terminal:
             what = f"stdout cannot be written ({error.strerror or error})"
             raise OutputError(what, "make room, or send it elsewhere") from error
 
-    def _remark(self, text: str) -> None:
+    def tell(self, text: str) -> None:
+        """A line on stderr, also with `quiet`: an error, or what would be lost otherwise."""
         self.clear()
         short = text if len(text) <= MAX_LINE else f"{text[: MAX_LINE // 2]} ... {text[-MAX_LINE // 2 :]}"
         with suppress(OSError):

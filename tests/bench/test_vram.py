@@ -46,11 +46,12 @@ def test_a_scenario_loads_a_checkpoint_in_a_process_of_its_own(tiny_release, tmp
 def test_a_run_that_captured_too_long_is_measured_and_one_that_failed_is_not():
     measured = {"memory": {"allocated_bytes": 5}, "stage_memory": {}, "milliseconds": {}, "unsettled": ["0.7 s"]}
     said = {"tasks": {"gen": measured}, "load": {"memory": None, "seconds": 1}, "warnings": []}
-    said |= {"ballast_bytes": 0, "graphs": {"captures": 0}, "peak_rss_bytes": 9, "versions": {}}
+    said |= {"left": [], "ballast_bytes": 0, "graphs": {"captures": 0}, "peak_rss_bytes": 9, "versions": {}}
     seen, text = vram_watch.Seen(), f"a line\n{json.dumps(said)}\n"
     found = vram_measured.told(vram_watch.Done(vram_measured.UNSETTLED, text, "0.7 s", seen), "gen")
     assert found["allocated_bytes"] == 5 and found["unsettled"] == ["0.7 s"] and "error" not in found
-    for done in (vram_watch.Done(3, text, "too little", seen), vram_watch.Done(1, "", "too little", seen)):
+    half = json.dumps(said | {"left": ["gen"], "error": "too little"})  # one run of two
+    for done in (vram_watch.Done(status, out, "too little", seen) for status, out in ((3, text), (1, ""), (1, half))):
         assert vram_measured.told(done, "gen") == {"error": "too little"}
 
 
@@ -96,7 +97,7 @@ def told(allocated: float = 3000, **more) -> dict:
     gen = {"memory": peak, "stage_memory": {"sample": peak}, "milliseconds": {"total": 9.0}, "placement": placement}
     gen["unsettled"] = []
     load = {"seconds": 3.0, "memory": {"allocated_bytes": 2500 * MIB, "reserved_bytes": 2600 * MIB}}
-    report = {"tasks": {"gen": gen}, "load": load, "ballast_bytes": 20 * GIB, "graphs": {"captures": 3}}
+    report = {"tasks": {"gen": gen}, "left": [], "load": load, "ballast_bytes": 20 * GIB, "graphs": {"captures": 3}}
     return report | {"warnings": [], "peak_rss_bytes": GIB, "versions": {}} | more
 
 
