@@ -42,9 +42,7 @@ def told(done: Done, task: str) -> Report:
     if done.status is None:
         return {"error": "took too long"}
     said = last_json(done.stdout) or {}
-    if done.status not in (0, UNSETTLED) or task in said.get(
-        "left", [task]
-    ):  # some of its runs are not all
+    if done.status not in (0, UNSETTLED) or task in said.get("left", [task]):  # some of its runs are not all
         return {"error": last_line(done.stderr)}
     measured, load, nvml = said["tasks"][task], said["load"]["memory"] or {}, done.seen.nvml_bytes
     report = {
