@@ -9,7 +9,7 @@ from torch import Tensor
 
 # Kinds of work by the names of torch's operations; whatever is not named is elementwise.
 KINDS = {
-    "matmul": "mm addmm bmm baddbmm _int_mm convolution",
+    "matmul": "mm addmm addmm_ bmm baddbmm _int_mm convolution",
     "attention": "scaled_dot_product_attention",
     "norm": "native_layer_norm native_group_norm _native_batch_norm_legit_no_training native_batch_norm "
     "cudnn_batch_norm",
@@ -73,6 +73,7 @@ def _attention(args: Sequence[Any], kwargs: dict[str, Any], result: Tensor) -> i
 FORMULAS = {
     "mm": _product(0, 1),
     "addmm": _product(1, 2),
+    "addmm_": _product(1, 2),
     "bmm": _product(0, 1),
     "baddbmm": _product(1, 2),
     "_int_mm": _product(0, 1),

@@ -1,4 +1,4 @@
-"""Matrix product and convolution with bias, y = x W^T + b.
+"""Matrix product, with bias or onto a residual, and convolution: y = x W^T + b.
 
 On CPUs without bfloat16 or float16 arithmetic torch computes these in software, 4 times slower than converting the
 operands to float32 first (320 rows, 1536 to 8960, two AVX2 cores). A few rows are not worth converting a matrix for.
@@ -18,6 +18,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.numel() // x.shape[-1] < FEW_ROWS or not in_software(x):
         return F.linear(x, weight, bias)
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def linear_onto(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """residual + x W^T, shaped as residual (..., N), in whose place it is made unless gradients are wanted of it.
+
+    The product adds to what is there, rounded once: a pass over memory less than a sum behind it.
+    """
+    if torch.is_grad_enabled() or in_software(x) or not residual.is_contiguous():
+        return residual + linear(x, weight)
+    residual.view(-1, len(weight)).addmm_(x.flatten(0, -2), weight.t())
+    return residual
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int | tuple[int, int] = 0) -> Tensor:

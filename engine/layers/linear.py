@@ -18,7 +18,7 @@ from ...kernels.head import gated_linear, modulated_linear
 from ...kernels.head_int8 import modulated_linear_int8
 from ...kernels.int8_of_groups import GROUP, int8_linear_of_groups
 from ...kernels.int8_to_groups import int8_linear_to_groups
-from ...kernels.linear import conv2d, linear
+from ...kernels.linear import conv2d, linear, linear_onto
 from ...kernels.norms import norm as norm_op
 from ...kernels.norms import norm_int8
 from ...kernels.quantise import activated, quantise, rotated
@@ -64,8 +64,18 @@ def norm_linear(
     return _activated(_outputs(layer, norm_op(*how), rows), act)
 
 
-def linear_add(x: Tensor, layer: nn.Module, residual: Tensor, gate: Tensor | None = None, act: str = "none") -> Tensor:
-    """residual + gate * layer(act(x)); x (..., K), residual (..., N), gate (M, N), each row for as many rows of x."""
+def linear_add(
+    x: Tensor,
+    layer: nn.Module,
+    residual: Tensor,
+    gate: Tensor | None = None,
+    act: str = "none",
+    spent: bool = False,
+) -> Tensor:
+    """residual + gate * layer(act(x)); x (..., K), residual (..., N), gate (M, N), each row for as many rows of x.
+
+    spent: nobody reads `residual` afterwards, so the sum may be made in its place.
+    """
     if isinstance(layer, Int8Linear):
         if layer.few(x):
             values = _activated(x, act) if layer.group == 1 else rotated(x, act, layer.group)
@@ -74,6 +84,8 @@ def linear_add(x: Tensor, layer: nn.Module, residual: Tensor, gate: Tensor | Non
     x = _activated(x, act)
     if gate is not None and _fuses(layer, residual, gate):
         return gated_linear(x, layer.weight, layer.bias, gate, residual)
+    if spent and gate is None and isinstance(layer, Linear) and layer.bias is None:
+        return linear_onto(residual, x, layer.weight)
     return residual + layer(x) if gate is None else gated_add(residual, gate, layer(x))
 
 
@@ -85,10 +97,11 @@ def norm_mlp(
     act: str,
     modulation: Modulation | None = None,
     gate: Tensor | None = None,
+    spent: bool = False,
 ) -> Tensor:
     """x + gate * narrow(act(wide(norm(x) (1 + scale) + shift))), x (..., D).
 
-    norm, act and modulation as for `norm_linear`, gate (M, D) as for `linear_add`.
+    norm, act and modulation as for `norm_linear`, gate (M, D) and spent, here of x, as for `linear_add`.
     """
     if act == "silu" and modulation and norm.weight is not None and _fuses_in_int8(wide, narrow, x, modulation[0]):
         between = modulated_linear_int8(x, *modulation, norm.weight, norm.bias, norm.eps, *wide.part(ALL))
@@ -97,7 +110,7 @@ def norm_mlp(
         whole = norm_int8(*norm_arguments(x, norm, modulation))
         between = int8_linear_to_groups(*whole, *wide.part(ALL), act, narrow.group)
         return int8_linear_of_groups(*between, *narrow.part(ALL), residual=x, gate=gate, dtype=x.dtype)
-    return linear_add(norm_linear(x, norm, wide, modulation, act), narrow, residual=x, gate=gate)
+    return linear_add(norm_linear(x, norm, wide, modulation, act), narrow, residual=x, gate=gate, spent=spent)
 
 
 def linear_each(x: Tensor, layers: Iterable[nn.Module]) -> Iterator[Tensor]:

@@ -88,9 +88,9 @@ class Qwen2Layer(nn.Module):
         split = partial(rope_split, ends=ends) if positions.dim() == 2 else axes_split
         return self.after(x, mix(*split(qkv, positions, inv_freq, self.config.heads, self.config.kv_heads, into)))
 
-    def unattended(self, x: Tensor) -> Tensor:
-        """The layer of a position that attends to nothing, as a pad that is masked: x (..., D)."""
-        return norm_mlp(x, self.post_norm, self.gate_up, self.down, act="swiglu")
+    def unattended(self, x: Tensor, spent: bool = False) -> Tensor:
+        """Of a position that attends to nothing, as a pad that is masked: x (..., D), `spent` as in `norm_mlp`."""
+        return norm_mlp(x, self.post_norm, self.gate_up, self.down, act="swiglu", spent=spent)
 
     def follow_in_int8(self, x: Tensor, rotary: Rotary, prefix: Prefix) -> Tensor:
         """The layer behind prompts, as `forward`, with whole numbers throughout, where `continues_in_int8` says so."""
@@ -99,7 +99,7 @@ class Qwen2Layer(nn.Module):
 
     def after(self, x: Tensor, mixed: Tensor) -> Tensor:
         """What follows attention; mixed (R, H, L, d)."""
-        return self.unattended(linear_add(mixed.transpose(1, 2).flatten(2), self.o, residual=x))
+        return self.unattended(linear_add(mixed.transpose(1, 2).flatten(2), self.o, residual=x), spent=True)
 
 
 class Qwen2(nn.Module):

@@ -33,10 +33,12 @@ def test_counts_by_hand():
         y = F.linear(x, weight, bias)  # (6, 5)
         F.silu(y.view(2, 3, 5).transpose(0, 1)[1:])  # views are free; 2 x 2 x 5 values are read and written
         y.add_(1)
+        y.addmm_(x, weight.t())  # reads what it adds to
         torch.empty_like(y)
     read = 2 * (6 * 4 + 5 * 4 + 5)
     assert meter.calls == {
         Call("", "matmul", "bf16", "addmm", (6, 5), 2 * 6 * 5 * 4, read + 60, 1): 1,
+        Call("", "matmul", "bf16", "addmm_", (6, 5), 2 * 6 * 5 * 4, read - 2 * 5 + 120, 1): 1,
         Call("", "elementwise", "bf16", "silu", (2, 2, 5), 0, 80, 1): 1,
         Call("", "elementwise", "bf16", "add_", (6, 5), 0, 120, 1): 1,
     }

@@ -96,6 +96,18 @@ def test_a_block_behind_prompts_of_different_length_leaves_the_caches_alone(
     assert [c.length for c in caches] == [4, 9]
 
 
+def test_layers_leave_alone_what_they_are_given(pair: tuple[Qwen2, torch.nn.Module]) -> None:
+    ours, _ = pair
+    given = torch.randn(1, 6, CONFIG.width), torch.randn(1, 1, CONFIG.width)
+    rows, positions = [x.clone() for x in given], [torch.arange(6)[None], None]
+    with torch.inference_mode():
+        layers = list(ours.outputs(rows, positions))
+    assert all(map(torch.equal, rows, given))
+    for layer, with_gradients in zip(layers, ours.outputs(rows, positions), strict=True):
+        for x, expected in zip(layer, with_gradients, strict=True):
+            torch.testing.assert_close(x, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_cutting_back_forgets_without_touching_memory(pair: tuple[Qwen2, torch.nn.Module]) -> None:
     ours, _ = pair
     x, other = torch.randn(2, 1, 8, CONFIG.width)

@@ -23,6 +23,31 @@ def test_linear(native: bool, rows: int, dtype: torch.dtype, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_onto_a_residual(native: bool, dense: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_native", lambda dtype: native)
+    torch.manual_seed(0)
+    x, weight, residual = (torch.randn(*shape).to(dtype) for shape in ((2, 50, 48), (24, 48), (2, 50, 24)))
+    if not dense:
+        residual = residual.transpose(0, 1).contiguous().transpose(0, 1)
+    expected = residual.double() + x.double() @ weight.double().T
+    before, in_place = residual.clone(), dense and (native or dtype == torch.float32)
+    with torch.no_grad():
+        got = kernels.linear_onto(residual, x, weight)
+    assert got.shape == residual.shape and got.dtype == dtype
+    roundings = torch.finfo(dtype).eps / 2 * (1 if in_place else 2)
+    assert (got.double() - expected).abs().max() <= expected.abs().max() * roundings + 1e-5
+    assert torch.equal(residual, got if in_place else before)
+
+
+def test_a_residual_of_which_gradients_are_wanted_stays() -> None:
+    residual, x, weight = torch.ones(3, 4, requires_grad=True), torch.ones(3, 5), torch.ones(4, 5, requires_grad=True)
+    kernels.linear_onto(residual, x, weight).square().sum().backward()
+    assert torch.equal(residual, torch.ones(3, 4)) and residual.grad is not None and weight.grad is not None
+
+
+@pytest.mark.parametrize("native", [False, True])
 def test_conv2d(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_native", lambda dtype: native)
     torch.manual_seed(0)
