@@ -138,6 +138,12 @@ def of_released(folder: Path) -> Family | None:
     return next((family for family in FAMILIES.values() if released(family.name).is_released(folder)), None)
 
 
+def unrecognised(folder: Path) -> str:
+    """What is wrong with a folder that holds no checkpoint, or a broken one that lacks what it is known by."""
+    signs = ", ".join(f"{family.shown_by.removeprefix('*')} ({name})" for name, family in FAMILIES.items())
+    return f"{folder} holds neither {MANIFEST} of a converted checkpoint nor what a released one is known by: {signs}"
+
+
 def model(name: str) -> Any:
     """The family's `model` module: its verbs, `needs` and `build`."""
     return import_module(f".models.{get(name).package}.model", __package__)

@@ -194,7 +194,7 @@ def _from_folder(folder: Path, job: _Job) -> Path:
         return folder
     family = families.of_released(folder)
     if family is None:
-        raise ModelMissingError(f"{folder} holds neither a converted nor a released checkpoint", works_now())
+        raise ModelMissingError(families.unrecognised(folder), works_now())
     path = folder.resolve()
     key = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]  # of the place only: what lies there replaces what lay
     dst = models_folder() / f"{local_name(path)}-{key}"

@@ -7,12 +7,14 @@ from typing import Any
 
 from . import families, hub
 from .checkpoint.cache import cached, folder_named, path_named, slug
-from .errors import CorruptWeightsError, ModelMissingError
+from .errors import CorruptWeightsError, ModelMissingError, UsageError
 from .families import Family
 
 
 def info(what: str) -> dict[str, Any]:
     """Of a PNG, a checkpoint folder, or a model's name. Raises UnipicError."""
+    if not what:
+        raise UsageError("the name '' is empty", "name a PNG, a checkpoint folder or a model")
     if what not in families.short_names() and (folder := folder_named(what)):
         return checkpoint_info(folder)
     path = path_named(what)
@@ -63,7 +65,7 @@ def checkpoint_info(folder: Path) -> dict[str, Any]:
         )
     family = families.of_released(folder)
     if family is None:
-        raise ModelMissingError(f"{folder} holds neither a converted nor a released checkpoint", hub.works_now())
+        raise ModelMissingError(families.unrecognised(folder), hub.works_now())
     released = families.released(family.name)
     with released.Released(folder) as found:
         sizes = [math.prod(tensor.shape) for tensor in found.tensors.values()]

@@ -652,6 +652,8 @@ def test_pull_list_info_verify_on_what_is_here(run, model, tiny_release):
     code, _, err = run("verify", Path(out.strip()).name)
     assert code == 5 and "has changed" in err
     assert "not on this machine" in run("info", "unipic")[1]
+    code, _, err = run("info", "")
+    assert code == 2 and "the name '' is empty" in err
 
 
 def test_doctor_runs_here_and_speaks_json(run):

@@ -115,8 +115,8 @@ def _family_of(src: Path) -> str:
     if found is None and is_converted(src):
         raise UsageError(f"{src} is converted already", "give it to --model as it is")
     if found is None:
-        what = f"{src} holds no released checkpoint that is known"
-        raise ModelMissingError(what, f"give the folder of one of {', '.join(families.FAMILIES)}")
+        remedy = f"give the folder of one of {', '.join(families.FAMILIES)}, or finish its download"
+        raise ModelMissingError(families.unrecognised(src), remedy)
     return found.name
 
 
