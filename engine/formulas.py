@@ -14,7 +14,7 @@ KINDS = {
     "norm": "native_layer_norm native_group_norm _native_batch_norm_legit_no_training native_batch_norm "
     "cudnn_batch_norm",
     "movement": "copy_ clone _to_copy cat stack repeat index index_put index_put_ index_select gather scatter scatter_ "
-    "embedding fill_ zero_ constant_pad_nd upsample_nearest2d zeros ones full arange",
+    "embedding fill_ zero_ constant_pad_nd upsample_nearest2d upsample_bilinear2d zeros ones full arange",
 }
 KIND = {name: kind for kind, names in KINDS.items() for name in names.split()}
 LOOKUPS = {"index", "index_select", "gather", "embedding"}  # read as much as they return, not the whole table

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from .formulas import FORMULAS, KIND, bytes_of, kind_of_ours, precision
 from .segments import Block, GrowingSegments, Segments, rounded
 
 FREE = {"lift_fresh", "detach_"}  # book-keeping of torch.tensor(...)
-WHOLE: set[Any] = set()  # operations of which is known that they do not consist of others
+COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 @dataclass(frozen=True)
@@ -160,12 +161,9 @@ class Meter(TorchDispatchMode):
         kwargs = kwargs or {}
         if operator := OPERATORS.get(function._schema.name):
             return self._ours(operator, args, kwargs)
-        if function._opname not in FORMULAS and function not in WHOLE:
+        if function._opname not in FORMULAS and is_composite(function):
             with self:
-                result = function.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-            WHOLE.add(function)
+                return function._op_dk(COMPOSITE, *args, **kwargs)
         result = function(*args, **kwargs)
         self._torchs(function, args, kwargs, result)
         return result
@@ -237,6 +235,15 @@ class Meter(TorchDispatchMode):
         self.current -= size
         for segments, block in blocks:
             segments.give(block)
+
+
+@cache
+def is_composite(function: Any) -> bool:
+    """Whether torch makes the operation of others, on every device.
+
+    What `decompose` would do is said in Python as well, also for operations that a device has a kernel for.
+    """
+    return torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd")
 
 
 def tensors_in(x: Any) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ from unipic_run.engine.noise import PhiloxNoise
 from unipic_run.engine.task import Batch, Task
 
 TASK = Task("generate", 4, 4, steps=3, guidance=3.0, cfg_schedule="linear", temperature=0.9)
-STEPS = 47  # of the head: four chunks of ten and one of seven
+STEPS = 47  # of the head: nine chunks of five and one of two
 PROMPTS = ["a red fox", "two cats in the snow", "a lamp"]
 
 
@@ -74,7 +74,7 @@ def test_a_third_picture_only_replays_and_all_are_those_without_graphs(model, ti
             torch.testing.assert_close(latents(model, tokens, seed), picture, atol=1e-5, rtol=1e-4)
             captures.append(counts.captures)
             eager.append(counts.eager)
-    rounds, calls = 3, 1 + 4 + 1  # what it understands, four whole chunks of the head's steps, and the last one
+    rounds, calls = 3, 1 + 9 + 1  # what it understands, nine whole chunks of the head's steps, and the last one
     assert captures == [rounds, 3 * rounds, 3 * rounds], (
         "whole chunks at sight, what comes once a round the second time"
     )

@@ -52,6 +52,15 @@ def test_lookups_do_not_read_the_table():
     assert [(call.kind, call.nbytes) for call in meter.calls] == [("movement", 2 * 3 * 8 * 2)] * 2
 
 
+def test_resizing_is_the_one_operation_that_it_is_on_a_card():
+    x = meta(1, 8, 4, 4)
+    with Meter() as meter:
+        F.interpolate(x, scale_factor=2.0, mode="nearest")
+        F.interpolate(x, size=(8, 8), mode="bilinear", align_corners=False)
+    expected = [("movement", name, 2 * 8 * (16 + 64), 1) for name in ("upsample_nearest2d", "upsample_bilinear2d")]
+    assert [(call.kind, call.name, call.nbytes, call.launches) for call in meter.calls] == expected
+
+
 class Network(nn.Module):
     """One of everything that has a formula."""
 

@@ -24,11 +24,12 @@ from .config import HeadConfig
 Product = tuple[Tensor, Tensor]  # weight and bias
 
 NORM_EPS = 1e-6
-CHUNK = 10  # timesteps whose modulations are made at once, at most, where steps are launched or replayed
-CHUNK_BYTES = 2**28  # that these may take, anywhere
-# Far fewer timesteps would be more than 30 launches a step, so a batch takes room for these up to the FUSED_ROWS of
-# five pictures: less than what the language model needs for a round of as many, whatever the type.
-FEW = 5
+# Timesteps whose modulations are made at once, at most, where steps are launched or replayed. A round's first chunk is
+# launched and then captured, while the card waits for the host: the shorter, the sooner all others are replays. Far
+# fewer would be more than 30 launches a step, so a batch takes room for these up to the FUSED_ROWS of five pictures:
+# less than what the language model needs for a round of as many, whatever the type.
+CHUNK = 5
+CHUNK_BYTES = 2**28  # that modulations of several steps may take, anywhere
 OFTEN = 3  # chunks that are alike in a round pay for the capture of one of them at once
 
 
@@ -132,10 +133,13 @@ class DiffusionHead(nn.Module):
         return h
 
     def most_steps(self, rows: int) -> int:
-        """The most timesteps, at least one, whose modulations of so many rows fit CHUNK_BYTES; FEW up to FUSED_ROWS."""
+        """The most timesteps, at least one, whose modulations of so many rows fit CHUNK_BYTES.
+
+        CHUNK fit up to FUSED_ROWS, whatever they take.
+        """
         width, itemsize = self.config.width, self.input_proj.weight.element_size()
         step = max(1, rows * ((3 * self.config.depth + 1) * width + 2 * self.config.channels) * itemsize)
-        return max(1, CHUNK_BYTES // step, FEW if rows <= FUSED_ROWS else 0)
+        return max(1, CHUNK_BYTES // step, CHUNK if rows <= FUSED_ROWS else 0)
 
     def sample(
         self,
@@ -222,11 +226,8 @@ class DiffusionHead(nn.Module):
 
 
 def chunks(steps: int, most: int) -> list[int]:
-    """How many of the steps are taken at once, one after the other: at most so many, and alike but for the last.
-
-    Of many steps there are OFTEN such chunks or more.
-    """
-    size = min(most, CHUNK, max(FEW, steps // OFTEN))
+    """How many of the steps are taken at once, one after the other: at most so many, and alike but for the last."""
+    size = min(most, CHUNK)
     size = math.ceil(steps / math.ceil(steps / size))
     return [min(size, left) for left in range(steps, 0, -size)]
 
