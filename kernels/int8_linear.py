@@ -43,6 +43,7 @@ EXACT = 1024  # products of int8 whose sum float32 holds exactly: 1024 * 128 * 1
 TILES = (
     (128, 256, 64, 8, 3),  # 98304: one program a multiprocessor, each operand byte used most often
     (128, 128, 32, 4, 4),  # 49152: two programs, one computes while the other stores
+    (64, 128, 64, 8, 3),  # 49152
     (64, 64, 64, 4, 4),  # 49152
     (32, 64, 64, 4, 4),  # 36864
     (16, 32, 128, 4, 4),  # 36864: fewest wasted rows

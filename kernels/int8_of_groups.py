@@ -42,7 +42,7 @@ ADDED = 2  # instructions for a group's sum
 GROUPS = range(64, GROUP + 1)  # their columns
 
 # Rows, columns, and K of one of a group's products; warps, stages.
-TILES = ((128, 128, 64, 8, 3), (64, 64, 64, 4, 3), (16, 32, 64, 4, 3))
+TILES = ((128, 128, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 3), (16, 32, 64, 4, 3))
 
 
 def int8_linear_of_groups_ref(x, x_scale, weight, weight_scale, bias, residual, gate, dtype=torch.float64) -> Tensor:

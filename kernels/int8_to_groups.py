@@ -43,7 +43,7 @@ from .quantise import activation_flags, quantise_rows, turned
 WRITTEN, ROTATED = 8, 20
 
 # Rows, columns, and K of one of a step's two products; warps, stages.
-TILES = ((128, 256, 64, 8, 3), (32, 256, 64, 8, 3), (16, 256, 64, 4, 3))
+TILES = ((128, 256, 64, 8, 3), (64, 256, 64, 8, 3), (32, 256, 64, 8, 3), (16, 256, 64, 4, 3))
 
 
 def int8_linear_to_groups_ref(x, x_scale, weight, weight_scale, bias, activation, group) -> Tensor:
