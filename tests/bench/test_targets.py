@@ -60,7 +60,7 @@ def test_predictions_are_held_to_their_limits(capsys, monkeypatch):
     assert len(summary["targets"]) == len(targets.PREDICTED) and not summary["passed"]
 
 
-@pytest.mark.parametrize(("seconds", "status"), [(2.5, 0), (3.15, 0), (3.17, 1)])
+@pytest.mark.parametrize(("seconds", "status"), [(2.5, 0), (3.09, 0), (3.11, 1)])
 def test_a_known_miss_is_told_and_may_not_grow(capsys, monkeypatch, seconds, status):
     row = ("unipic", targets.EIGHT, "exact", 2.6)
     monkeypatch.setattr(targets, "PREDICTED", [row])
@@ -68,4 +68,4 @@ def test_a_known_miss_is_told_and_may_not_grow(capsys, monkeypatch, seconds, sta
     assert targets.main(["--predict"]) == status
     said, last = capsys.readouterr().out.splitlines()
     assert json.loads(last)["targets"][0]["met"] == (seconds < 2.6)
-    assert ("as is known" in said) == (seconds == 3.15)
+    assert ("as is known" in said) == (seconds == 3.09)
