@@ -27,6 +27,12 @@ def rounded_to_int8(x):
 
 
 @triton.jit
+def to_half(x):
+    """float32 as float16; what is too large for it becomes its largest number, and what is no number stays none."""
+    return tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
+
+
+@triton.jit
 def quantise_row(row, mask):
     """(whole numbers from -127 to 127 as int8, their scale) of one row (BLOCK) float32: row ~ whole * scale."""
     scale = row_scale(tl.max(tl.where(mask, tl.abs(row), 0.0), axis=0))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._device import rounded_to_int8, row_scale
+from ._device import rounded_to_int8, row_scale, to_half
 from ._op import Case, Cost, Operator, cdiv, launch, tl, triton
 from ._product import (
     GROUP_M,
@@ -33,7 +33,7 @@ from ._product import (
 )
 from .int8_linear import int8_linear_ref, int8_linear_torch
 from .quantise import quantise_rows
-from .quantise_qkv import LARGEST
+from .quantise_qkv import halved
 
 HEAD_DIMS = range(64, 129)  # a quarter of a tile has columns of at most two heads
 WRITTEN = 20  # instructions that a value takes beyond those of kernels/int8_linear.py, as compiled for sm_89
@@ -51,7 +51,7 @@ def int8_linear_to_heads_ref(x, x_scale, weight, weight_scale, bias, heads, widt
 def int8_linear_to_heads_torch(x, x_scale, weight, weight_scale, bias, heads, width, whole):
     y = int8_linear_torch(x, x_scale, weight, weight_scale, None, "none", None, None, torch.float32)
     numbers, others = _in_parts(y, bias, heads, width, whole)
-    return *(part.contiguous() for part in quantise_rows(numbers)), others.clamp(-LARGEST, LARGEST).half().contiguous()
+    return *(part.contiguous() for part in quantise_rows(numbers)), halved(others).contiguous()
 
 
 def _in_parts(y: Tensor, bias: Tensor | None, heads: int, width: int, whole: int) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,6 @@ def _to_heads_kernel(
     D: tl.constexpr,
     HEADS: tl.constexpr,
     WHOLE: tl.constexpr,  # heads of all parts that become whole numbers
-    LARGEST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -121,7 +120,7 @@ def _to_heads_kernel(
     quarters = (a, b, c, d)
     for quarter in tl.static_range(4):
         _store(quarters[quarter], steps, row, first, image, images, length, y_ptr, half_ptr,
-               quarter * QUARTER, ACROSS, N // D, WHOLE, HEADS, D, LARGEST, QUARTER)  # fmt: skip
+               quarter * QUARTER, ACROSS, N // D, WHOLE, HEADS, D, QUARTER)  # fmt: skip
 
 
 @triton.jit
@@ -160,7 +159,6 @@ def _store(
     WHOLE: tl.constexpr,
     HEADS: tl.constexpr,
     D: tl.constexpr,
-    LARGEST: tl.constexpr,
     QUARTER: tl.constexpr,
 ):
     col = FIRST + tl.arange(0, QUARTER)
@@ -177,8 +175,7 @@ def _store(
         behind = slot - WHOLE
         at = ((behind // HEADS * images + image) * HEADS + behind % HEADS) * length * D + col % D
         mask = (row < length)[:, None] & (within & (behind >= 0))[None, :]
-        half = tl.minimum(tl.maximum(y, -LARGEST), LARGEST).to(tl.float16)
-        tl.store(half_ptr + at[None, :] + row[:, None] * D, half, mask=mask)
+        tl.store(half_ptr + at[None, :] + row[:, None] * D, to_half(y), mask=mask)
 
 
 def _int8_linear_to_heads_triton(x, x_scale, weight, weight_scale, bias, heads, width, whole):
@@ -200,7 +197,6 @@ def _int8_linear_to_heads_triton(x, x_scale, weight, weight_scale, bias, heads, 
         D=width,
         HEADS=heads,
         WHOLE=whole * heads,
-        LARGEST=LARGEST,
         GROUP_M=GROUP_M,
         BIAS=bias is not None,
         **tiles,

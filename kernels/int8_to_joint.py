@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._device import rounded_to_int8, row_scale
+from ._device import rounded_to_int8, row_scale, to_half
 from ._op import Case, Cost, Operator, cdiv, launch, tl, triton
 from ._product import (
     GROUP_M,
@@ -34,7 +34,7 @@ from ._product import (
 from .int8_linear import int8_linear_ref, int8_linear_torch
 from .norms import norm_ref
 from .quantise import quantise_rows
-from .quantise_qkv import LARGEST
+from .quantise_qkv import halved
 
 WIDTH = 64  # of a head
 WRITTEN = 20  # instructions that a value takes beyond those of kernels/int8_linear.py, at most, as compiled for sm_89
@@ -54,7 +54,7 @@ def int8_linear_to_joint_ref(*arguments) -> tuple[Tensor, Tensor]:
 def int8_linear_to_joint_torch(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     numbers, values = _joined(lambda *given: int8_linear_torch(*given, "none", None, None, torch.float32), *arguments)
     whole = (part.contiguous() for part in quantise_rows(numbers))
-    return *whole, values.clamp(-LARGEST, LARGEST).half().contiguous()
+    return *whole, halved(values).contiguous()
 
 
 def _joined(product, *arguments) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,6 @@ def _to_joint_kernel(
     K: tl.constexpr,
     D: tl.constexpr,
     HEADS: tl.constexpr,
-    LARGEST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # 4 D
     BLOCK_K: tl.constexpr,
@@ -131,7 +130,7 @@ def _to_joint_kernel(
     for quarter in tl.static_range(4):
         slot = 4 * column + quarter  # of the heads of queries, keys and values
         _head(quarters[quarter], x_scale, row, slot, picture, length, begin, n + m, scale_ptr, bias_ptr, q_norm_ptr,
-              k_norm_ptr, off_ptr, y_ptr, y_scale_ptr, values_ptr, eps, N, D, HEADS, LARGEST, BIAS)  # fmt: skip
+              k_norm_ptr, off_ptr, y_ptr, y_scale_ptr, values_ptr, eps, N, D, HEADS, BIAS)  # fmt: skip
 
 
 @triton.jit
@@ -156,7 +155,6 @@ def _head(
     N: tl.constexpr,
     D: tl.constexpr,
     HEADS: tl.constexpr,
-    LARGEST: tl.constexpr,
     BIAS: tl.constexpr,
 ):
     i, part, head = tl.arange(0, D), slot // HEADS, picture * HEADS + slot % HEADS
@@ -177,8 +175,7 @@ def _head(
         tl.store(at, rounded_to_int8(y * (1.0 / scale)[:, None]), mask=inside[:, None])
     else:
         inside = row < tl.where(part == 2, length, 0)
-        half = tl.minimum(tl.maximum(y, -LARGEST), LARGEST).to(tl.float16)
-        tl.store(values_ptr + to[:, None] * D + i[None, :], half, mask=inside[:, None])
+        tl.store(values_ptr + to[:, None] * D + i[None, :], to_half(y), mask=inside[:, None])
 
 
 def _int8_linear_to_joint_triton(*arguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,7 +198,6 @@ def _int8_linear_to_joint_triton(*arguments) -> tuple[Tensor, Tensor, Tensor]:
         K=k,
         D=WIDTH,
         HEADS=heads,
-        LARGEST=LARGEST,
         GROUP_M=GROUP_M,
         BIAS=streams[4] is not None,
         **options,

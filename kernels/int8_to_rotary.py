@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._device import walsh_hadamard_rows
+from ._device import to_half, walsh_hadamard_rows
 from ._op import Case, Cost, Operator, cdiv, launch, tl, triton
 from ._product import (
     GROUP_M,
@@ -36,7 +36,7 @@ from ._product import (
 )
 from .int8_linear import int8_linear_ref, int8_linear_torch
 from .quantise import quantise_rows, turned
-from .quantise_qkv import LARGEST
+from .quantise_qkv import halved
 from .rope import rope
 
 WIDTH = 128  # of a head
@@ -55,7 +55,7 @@ def int8_linear_to_rotary_ref(x, x_scale, weight, weight_scale, bias, cos, sin, 
 def int8_linear_to_rotary_torch(x, x_scale, weight, weight_scale, bias, cos, sin, off, heads):
     y = int8_linear_torch(x, x_scale, weight, weight_scale, bias, "none", None, None, torch.float32)
     numbers, values = _in_heads(y, cos.float(), sin.float(), off, heads)
-    return *quantise_rows(numbers), values.clamp(-LARGEST, LARGEST).half().contiguous()
+    return *quantise_rows(numbers), halved(values).contiguous()
 
 
 def _in_heads(y: Tensor, cos: Tensor, sin: Tensor, off: Tensor, heads: int) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,6 @@ def _to_rotary_kernel(
     WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
-    LARGEST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # 2 WIDTH
     BLOCK_K: tl.constexpr,
@@ -101,9 +100,9 @@ def _to_rotary_kernel(
     x_scale = tl.load(x_scale_ptr + whose * length + row, mask=row < length, other=0.0)
     first, second = halves(sums)
     _head(second, x_scale, row, 2 * column + 1, whose, length, scale_ptr, bias_ptr, cos_ptr, sin_ptr, off_ptr, y_ptr,
-          y_scale_ptr, values_ptr, N, WIDTH, HEADS, KV_HEADS, LARGEST, BIAS)  # fmt: skip
+          y_scale_ptr, values_ptr, N, WIDTH, HEADS, KV_HEADS, BIAS)  # fmt: skip
     _head(first, x_scale, row, 2 * column, whose, length, scale_ptr, bias_ptr, cos_ptr, sin_ptr, off_ptr, y_ptr,
-          y_scale_ptr, values_ptr, N, WIDTH, HEADS, KV_HEADS, LARGEST, BIAS)  # fmt: skip
+          y_scale_ptr, values_ptr, N, WIDTH, HEADS, KV_HEADS, BIAS)  # fmt: skip
 
 
 @triton.jit
@@ -126,7 +125,6 @@ def _head(
     WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
-    LARGEST: tl.constexpr,
     BIAS: tl.constexpr,
 ):
     HALF: tl.constexpr = WIDTH // 2
@@ -151,8 +149,8 @@ def _head(
     elif head < HEADS + 2 * KV_HEADS:
         to = (whose * KV_HEADS + head - HEADS - KV_HEADS) * length + row
         at = values_ptr + to[:, None] * WIDTH + i[None, :]
-        tl.store(at, tl.minimum(tl.maximum(a, -LARGEST), LARGEST).to(tl.float16), mask=inside[:, None])
-        tl.store(at + HALF, tl.minimum(tl.maximum(b, -LARGEST), LARGEST).to(tl.float16), mask=inside[:, None])
+        tl.store(at, to_half(a), mask=inside[:, None])
+        tl.store(at + HALF, to_half(b), mask=inside[:, None])
 
 
 def _int8_linear_to_rotary_triton(x, x_scale, weight, weight_scale, bias, cos, sin, off, heads):
@@ -171,7 +169,6 @@ def _int8_linear_to_rotary_triton(x, x_scale, weight, weight_scale, bias, cos, s
         WIDTH=WIDTH,
         HEADS=heads,
         KV_HEADS=kv_heads,
-        LARGEST=LARGEST,
         GROUP_M=GROUP_M,
         BIAS=bias is not None,
         **tiles,

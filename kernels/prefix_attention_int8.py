@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from ._attend import LOG2_E, add_halves, attend_int8, empty_state, load_rows
-from ._device import walsh_hadamard_rows
+from ._device import to_half, walsh_hadamard_rows
 from ._op import Case, Cost, Operator, cdiv, launch, tl, triton, unit_rows
 from ._product import store_whole
 from ._tuned import tuned
 from .int8_to_rotary import WIDTH
 from .prefix_attention import prefix_attention_ref, prefix_attention_torch, random_behind_prompts
 from .quantise import quantise_rows, turned
-from .quantise_qkv import LARGEST
 
 HALF = WIDTH // 2
 FEW = 16  # keys of a prompt at once: with more, registers do not suffice on sm_120
@@ -78,7 +77,6 @@ def _prefix_attention_int8_kernel(
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
-    LARGEST: tl.constexpr,
     FEW: tl.constexpr,  # keys of a prompt at once
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -102,7 +100,7 @@ def _prefix_attention_int8_kernel(
     prefix_v_ptr += prompt * pv_batch + kv_head * pv_head
     off_ptr += (row * KV_HEADS + kv_head) * D
     state = _attend_prefix(state, q0, q1, q_scale, off_ptr, prefix_k_ptr, prefix_v_ptr, pk_row, pv_row, before,
-                           D, HALF, LARGEST, FEW, SHIFT)  # fmt: skip
+                           D, HALF, FEW, SHIFT)  # fmt: skip
 
     keys = (row * (HEADS + KV_HEADS) + HEADS + kv_head) * length
     v_ptr += (row * KV_HEADS + kv_head) * length * D
@@ -131,7 +129,6 @@ def _attend_prefix(
     count,
     D: tl.constexpr,
     HALF: tl.constexpr,
-    LARGEST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
@@ -149,10 +146,8 @@ def _attend_prefix(
         scores = tl.dot(f0, tl.trans(k0.to(tl.float16)))
         scores = tl.dot(f1, tl.trans(k1.to(tl.float16)), scores)
         scores = tl.where((key < left)[None, :], scores, float("-inf"))
-        v0 = load_rows(v_ptr, v_stride, left, BLOCK_N, 0, HALF, D, True).to(tl.float32)
-        v1 = load_rows(v_ptr, v_stride, left, BLOCK_N, HALF, HALF, D, True).to(tl.float32)
-        v0 = tl.minimum(tl.maximum(v0, -LARGEST), LARGEST).to(tl.float16)
-        v1 = tl.minimum(tl.maximum(v1, -LARGEST), LARGEST).to(tl.float16)
+        v0 = to_half(load_rows(v_ptr, v_stride, left, BLOCK_N, 0, HALF, D, True).to(tl.float32))
+        v1 = to_half(load_rows(v_ptr, v_stride, left, BLOCK_N, HALF, HALF, D, True).to(tl.float32))
         state = add_halves(state, scores, q_scale, v0, v1, SHIFT, True)
         k_ptr += BLOCK_N * k_stride
         v_ptr += BLOCK_N * v_stride
@@ -179,7 +174,6 @@ def _prefix_attention_int8_triton(numbers, scale, v, off, prefix_k, prefix_v, pr
         KV_HEADS=kv_heads,
         D=width,
         HALF=HALF,
-        LARGEST=LARGEST,
         FEW=FEW,
         SHIFT=tile["BLOCK_N"].bit_length() - 1,
         **tile,

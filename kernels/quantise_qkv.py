@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._attend import load_rows, store_rows
-from ._device import row_scale, to_int8
+from ._device import row_scale, to_half, to_int8
 from ._op import Case, Cost, Operator, launch, next_power_of_2, tl, triton, unit_rows
 from .attention import random_qkv
 from .quantise import quantise_rows
@@ -36,8 +36,13 @@ def quantise_qkv_ref(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return q, centred(k), v
 
 
+def halved(x: Tensor) -> Tensor:
+    """float16; what is too large for it becomes its largest number."""
+    return x.clamp(-LARGEST, LARGEST).half()
+
+
 def quantise_qkv_torch(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    parts = *quantise_rows(q), *quantise_rows(centred(k)), v.clamp(-LARGEST, LARGEST).half()
+    parts = *quantise_rows(q), *quantise_rows(centred(k)), halved(v)
     return tuple(x.contiguous() for x in parts)
 
 
@@ -80,7 +85,6 @@ def _quantise_qkv_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     SAMPLE: tl.constexpr,
-    LARGEST: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * ROWS
     slots = heads + 2 * kv_heads
@@ -106,8 +110,8 @@ def _quantise_qkv_kernel(
             head = slot - heads - kv_heads
             v_ptr += batch * v_batch + head * v_head + first * v_row
             v = load_rows(v_ptr, v_row, lk - first, ROWS, 0, BLOCK_D, D, True).to(tl.float32)
-            v = tl.where(v > LARGEST, LARGEST, tl.where(v < -LARGEST, -LARGEST, v))
-            store_rows(half_ptr + ((batch * kv_heads + head) * lk + first) * D, D, lk - first, v, ROWS, 0, BLOCK_D, D)
+            half_ptr += ((batch * kv_heads + head) * lk + first) * D
+            store_rows(half_ptr, D, lk - first, to_half(v), ROWS, 0, BLOCK_D, D)
 
 
 def _quantise_qkv_triton(q, k, v):
@@ -127,7 +131,6 @@ def _quantise_qkv_triton(q, k, v):
         BLOCK_D=next_power_of_2(width),
         ROWS=rows,
         SAMPLE=SAMPLE,
-        LARGEST=LARGEST,
         num_warps=8,  # heuristic
     )
     return q8, q_scale, k8, k_scale, halves
