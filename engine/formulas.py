@@ -11,8 +11,7 @@ from torch import Tensor
 KINDS = {
     "matmul": "mm addmm addmm_ bmm baddbmm _int_mm convolution",
     "attention": "scaled_dot_product_attention",
-    "norm": "native_layer_norm native_group_norm _native_batch_norm_legit_no_training native_batch_norm "
-    "cudnn_batch_norm",
+    "norm": "native_layer_norm native_group_norm native_batch_norm cudnn_batch_norm",
     "movement": "copy_ clone _to_copy cat stack repeat index index_put index_put_ index_select gather scatter scatter_ "
     "embedding fill_ zero_ constant_pad_nd upsample_nearest2d upsample_bilinear2d zeros ones full arange",
 }

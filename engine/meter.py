@@ -239,7 +239,7 @@ class Meter(TorchDispatchMode):
 
 @cache
 def is_composite(function: Any) -> bool:
-    """Whether torch makes the operation of others, on every device.
+    """Whether torch makes the operation of others, on every device that has no kernel of its own for it.
 
     What `decompose` would do is said in Python as well, also for operations that a device has a kernel for.
     """

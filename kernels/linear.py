@@ -21,13 +21,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_onto(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """residual + x W^T, shaped as residual (..., N), in whose place it is made unless gradients are wanted of it.
+    """residual + x W^T, shaped as residual (..., N), in whose place it may be made where no gradients are wanted.
 
-    The product adds to what is there, rounded once: a pass over memory less than a sum behind it.
+    The product adds to what is there: a pass over memory and a rounding less than a sum behind it.
     """
     if torch.is_grad_enabled() or in_software(x) or not residual.is_contiguous():
         return residual + linear(x, weight)
-    residual.view(-1, len(weight)).addmm_(x.flatten(0, -2), weight.t())
+    residual.view(-1, len(weight)).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
     return residual
 
 

@@ -52,7 +52,9 @@ def cached(name: str) -> Path | None:
 
 
 def folder_named(name: str | os.PathLike[str]) -> Path | None:
-    """The folder that a name is the path of, if there is one; a name that can be no path is none."""
+    """The folder that a name is the path of, if there is one; a name that can be no path is none, and so is no name."""
+    if not os.fspath(name):  # of which Path would make the current folder
+        return None
     with suppress(OSError):
         return path if (path := path_named(name)).is_dir() else None
     return None

@@ -39,7 +39,7 @@ def counted(launches: list[Launch]) -> Counter:
 def test_the_interpreter_makes_torchs_picture_by_the_launches_of_the_meta_device(tiny_release) -> None:
     pytest.importorskip("triton")
     family, config = families.model("unipic"), architecture(str(tiny_release))
-    config = replace(config, head=replace(config.head, steps=6))  # a chunk of modulations and a smaller one
+    config = replace(config, head=replace(config.head, steps=7))  # a chunk of modulations and a smaller one
     tokens = any_tokens(tiny_release / "Qwen2.5-1.5B-Instruct" / "tokenizer.json", family.IMAGE)
     with torch.device("meta"):
         shapes = family.build(config)
@@ -53,7 +53,7 @@ def test_the_interpreter_makes_torchs_picture_by_the_launches_of_the_meta_device
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
     assert counted(launched) == counted(planned)
     names = Counter(launch.kernel.__name__ for launch in launched)
-    assert names["_head_step_kernel"] == 2 * 6 and names["_prefix_attention_kernel"] == 2 * config.llm.layers
+    assert names["_head_step_kernel"] == 2 * 7 and names["_prefix_attention_kernel"] == 2 * config.llm.layers
 
 
 def test_in_int8_whole_numbers_go_from_product_to_product(tiny_release) -> None:

@@ -29,7 +29,7 @@ NORM_EPS = 1e-6
 # fewer would be more than 30 launches a step, so a batch takes room for these up to the FUSED_ROWS of five pictures:
 # less than what the language model needs for a round of as many, whatever the type.
 CHUNK = 5
-CHUNK_BYTES = 2**28  # that modulations of several steps may take, anywhere
+CHUNK_BYTES = 2**28  # that modulations of several steps may take, where these are not CHUNK of up to FUSED_ROWS
 OFTEN = 3  # chunks that are alike in a round pay for the capture of one of them at once
 
 
@@ -157,7 +157,7 @@ class DiffusionHead(nn.Module):
         z (N, D), or (2N, D) with guidance; start (N, C) and noise (steps, N, C) float32; embedded = embed_steps(table).
         Without noise the table is that of a solver of the ODE.
         Only the conditional state exists: the original's unconditional twin is never read. The modulations of `chunk`
-        timesteps, by default of as many as fit CHUNK_BYTES, are made at once: the same values, fewer larger products.
+        timesteps, by default of `most_steps`, are made at once: the same values, fewer larger products.
         """
         guided = z.shape[0] != start.shape[0]
         c, final = self.cond_embed(z), self.final.folded()
