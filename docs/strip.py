@@ -12,7 +12,7 @@ from unipic_run.engine.outcome import Event
 PROMPT = "two blue stars above a red circle"
 EDIT = "add a small green square in the middle"
 QUESTION = "how many stars are there?"
-SEED, EDIT_SEED = 1, 0
+SEED, EDIT_SEED = 1, 1
 PREVIEWS = 3
 SIDE, GAP, CAPTION = 160, 12, 64  # pixels
 FONT = ImageFont.load_default(14)

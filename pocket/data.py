@@ -27,7 +27,7 @@ from .train_vae import Autoencoder, device_of, to_input
 
 # What is hard comes more often.
 TWO = ("two objects", "two objects", "binding", "binding")
-DRAWN = (*CATEGORIES, *TWO, "single object", "counting", "position", "scene")
+DRAWN = (*CATEGORIES, *TWO, "single object", "small object", "small object", "counting", "position", "scene")
 ASKED = (*questions.KINDS, "count", "where", "where", "yes or no", "yes or no")
 EDITED = (*KINDS, "recolour", "add", "move", "move")
 COVERS = 0.15  # share of a cell that an object must cover to be its label

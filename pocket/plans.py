@@ -110,4 +110,8 @@ PHASES: tuple[VAEPlan | JointPlan | DecoderPlan, ...] = (
     DecoderPlan(steps=2000, seed=17, shard=Sizes(scenes=160, edits=96), shards=10),
     replace(MIXED, steps=2200, seed=18, pictures=28, edits=24, rate=7e-4, matrix_rate=0.0035, decay=0.81),
     DecoderPlan(steps=2000, seed=19, shard=Sizes(scenes=160, edits=96), shards=10),
+    replace(MIXED, steps=2400, seed=20, pictures=36, edits=20, rate=7e-4, matrix_rate=0.0035, decay=0.85),
+    DecoderPlan(steps=2000, seed=21, shard=Sizes(scenes=160, edits=96), shards=10),
+    replace(MIXED, steps=1000, seed=22, pictures=36, edits=16, rate=6e-4, matrix_rate=0.003, decay=0.9),
+    DecoderPlan(steps=2000, seed=23, shard=Sizes(scenes=160, edits=96), shards=10),
 )

@@ -13,7 +13,7 @@ from .split import held_out
 Split = Literal["train", "test"]
 
 SCORED = ("single object", "two objects", "counting", "colour", "position", "binding")  # GenEval's
-CATEGORIES = (*SCORED, "scene", "groups")
+CATEGORIES = (*SCORED, "small object", "scene", "groups")
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def propose(rng: Generator, category: str) -> Spec:
     draw = _Draw(rng)
     if category == "single object":
         return Spec((draw.group(colour=0.7, size=0.4),), None, draw.background(0.4))
+    if category == "small object":
+        return Spec((replace(draw.group(colour=0.5, size=0.0), size="small"),), None, draw.background(0.4))
     if category == "two objects":
         return Spec(draw.groups(2, colour=0.4, size=0.2, alike=False), None, draw.background(0.2))
     if category == "counting":
