@@ -23,6 +23,7 @@ class Family:
     licence: str
     card: str
     note: str
+    holds: str  # what a folder in the released layout is known by, in words
     # Of a repository, as patterns of file names: what shows that it holds weights of this family, and what of it is
     # fetched. Weights and data only: no code, nothing that the model does not use.
     shown_by: str
@@ -47,6 +48,7 @@ FAMILIES = {
         "The model page has the last word",
         card="https://huggingface.co/Skywork/Skywork-UniPic-1.5B",
         note=UNTRIED,
+        holds="pytorch_model.bin",
         shown_by="*pytorch_model.bin",
         wanted=(
             *(f"{where}{name}" for where in ("", "*/") for name in ("pytorch_model.bin", "kl16.ckpt")),
@@ -66,6 +68,7 @@ FAMILIES = {
         "you have to keep as well",
         card="https://huggingface.co/deepgenteam/DeepGen-1.0-diffusers",
         note=UNTRIED,
+        holds="the folders transformer and connector, or model.safetensors or model.pt beside vae",
         shown_by="connector/*.safetensors",
         wanted=(
             *(f"{name}/*.safetensors" for name in ("transformer", "connector", "vae", "vlm")),
@@ -85,6 +88,7 @@ FAMILIES = {
         "AI Community License), whose terms you have to keep as well. The model page has the last word",
         card="https://huggingface.co/Skywork/UniPic2-SD3.5M-Kontext-2B",
         note=UNTRIED,
+        holds="the folders transformer and text_encoder_3",
         shown_by="text_encoder_3/*.safetensors",
         wanted=(
             *(f"{name}/*.safetensors" for name in ("transformer", "vae", *TEXT_ENCODERS)),
@@ -104,6 +108,7 @@ FAMILIES = {
         "The model page has the last word",
         card="https://huggingface.co/Skywork/UniPic2-Metaquery-9B",
         note=f"{UNTRIED}; Qwen2.5-VL-7B-Instruct has to be downloaded apart from it, into its folder vlm",
+        holds="the folders transformer and conditioner",
         shown_by="conditioner/*.safetensors",
         wanted=(
             *(f"{name}/*.safetensors" for name in ("transformer", "vae", "conditioner", "vlm")),
@@ -140,7 +145,9 @@ def of_released(folder: Path) -> Family | None:
 
 def unrecognised(folder: Path) -> str:
     """What is wrong with a folder that holds no checkpoint, or a broken one that lacks what it is known by."""
-    signs = ", ".join(f"{family.shown_by.removeprefix('*')} ({name})" for name, family in FAMILIES.items())
+    if not folder.is_dir():
+        return f"{folder} is no folder"
+    signs = "; ".join(f"{family.holds} ({name})" for name, family in FAMILIES.items())
     return f"{folder} holds neither {MANIFEST} of a converted checkpoint nor what a released one is known by: {signs}"
 
 

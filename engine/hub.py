@@ -183,7 +183,7 @@ def _resolve(model: str | Path, revision: str | None, offline: bool, job: _Job) 
     if is_hub_id(name) and not Path(name).exists():
         return _from_hub(name, revision, offline, job)
     known = ", ".join(families.short_names())
-    raise ModelMissingError(f"{name} is no folder, no hub id (org/name) and no known name ({known})", works_now())
+    raise ModelMissingError(f"{name!r} is no folder, no hub id (org/name) and no known name ({known})", works_now())
 
 
 def _from_folder(folder: Path, job: _Job) -> Path:

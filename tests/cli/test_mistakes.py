@@ -156,3 +156,19 @@ def test_words_become_values():
         with pytest.raises(UsageError):
             parse_size(text)
     assert printable("a\x1b[31mb\nc\x9b") == "a\\x1b[31mb\nc\\x9b"
+
+
+def test_a_folder_of_no_model_is_told_what_one_would_hold(run):
+    code, _, err = run("convert", "missing", "dst")
+    assert code == 4 and "missing is no folder" in err
+    Path("half/connector").mkdir(parents=True)
+    Path("half/connector/model.safetensors").write_bytes(b"")
+    for words in (("convert", "half", "dst"), ("gen", "x", "-m", "half"), ("info", "half")):
+        code, _, err = run(*words)
+        assert code == 4 and "the folders transformer and connector" in err and "pytorch_model.bin (unipic)" in err
+
+
+def test_no_name_is_not_the_folder_one_is_in(run, model, monkeypatch):
+    monkeypatch.chdir(model)
+    assert run("verify", ".")[0] == 0
+    assert [run(*words)[0] for words in (("verify", ""), ("pull", ""), ("info", ""))] == [4, 4, 2]
