@@ -33,7 +33,7 @@ from ._product import (
 )
 from .int8_linear import int8_linear_ref, int8_linear_torch
 from .quantise import quantise_rows
-from .quantise_qkv import halved
+from .quantise_qkv import to_float16
 
 HEAD_DIMS = range(64, 129)  # a quarter of a tile has columns of at most two heads
 WRITTEN = 20  # instructions that a value takes beyond those of kernels/int8_linear.py, as compiled for sm_89
@@ -51,7 +51,7 @@ def int8_linear_to_heads_ref(x, x_scale, weight, weight_scale, bias, heads, widt
 def int8_linear_to_heads_torch(x, x_scale, weight, weight_scale, bias, heads, width, whole):
     y = int8_linear_torch(x, x_scale, weight, weight_scale, None, "none", None, None, torch.float32)
     numbers, others = _in_parts(y, bias, heads, width, whole)
-    return *(part.contiguous() for part in quantise_rows(numbers)), halved(others).contiguous()
+    return *(part.contiguous() for part in quantise_rows(numbers)), to_float16(others).contiguous()
 
 
 def _in_parts(y: Tensor, bias: Tensor | None, heads: int, width: int, whole: int) -> tuple[Tensor, Tensor]:

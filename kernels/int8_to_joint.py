@@ -34,7 +34,7 @@ from ._product import (
 from .int8_linear import int8_linear_ref, int8_linear_torch
 from .norms import norm_ref
 from .quantise import quantise_rows
-from .quantise_qkv import halved
+from .quantise_qkv import to_float16
 
 WIDTH = 64  # of a head
 WRITTEN = 20  # instructions that a value takes beyond those of kernels/int8_linear.py, at most, as compiled for sm_89
@@ -54,7 +54,7 @@ def int8_linear_to_joint_ref(*arguments) -> tuple[Tensor, Tensor]:
 def int8_linear_to_joint_torch(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     numbers, values = _joined(lambda *given: int8_linear_torch(*given, "none", None, None, torch.float32), *arguments)
     whole = (part.contiguous() for part in quantise_rows(numbers))
-    return *whole, halved(values).contiguous()
+    return *whole, to_float16(values).contiguous()
 
 
 def _joined(product, *arguments) -> tuple[Tensor, Tensor]:

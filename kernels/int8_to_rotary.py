@@ -36,7 +36,7 @@ from ._product import (
 )
 from .int8_linear import int8_linear_ref, int8_linear_torch
 from .quantise import quantise_rows, turned
-from .quantise_qkv import halved
+from .quantise_qkv import to_float16
 from .rope import rope
 
 WIDTH = 128  # of a head
@@ -55,7 +55,7 @@ def int8_linear_to_rotary_ref(x, x_scale, weight, weight_scale, bias, cos, sin, 
 def int8_linear_to_rotary_torch(x, x_scale, weight, weight_scale, bias, cos, sin, off, heads):
     y = int8_linear_torch(x, x_scale, weight, weight_scale, bias, "none", None, None, torch.float32)
     numbers, values = _in_heads(y, cos.float(), sin.float(), off, heads)
-    return *quantise_rows(numbers), halved(values).contiguous()
+    return *quantise_rows(numbers), to_float16(values).contiguous()
 
 
 def _in_heads(y: Tensor, cos: Tensor, sin: Tensor, off: Tensor, heads: int) -> tuple[Tensor, Tensor]:

@@ -36,13 +36,13 @@ def quantise_qkv_ref(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return q, centred(k), v
 
 
-def halved(x: Tensor) -> Tensor:
+def to_float16(x: Tensor) -> Tensor:
     """float16; what is too large for it becomes its largest number."""
     return x.clamp(-LARGEST, LARGEST).half()
 
 
 def quantise_qkv_torch(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    parts = *quantise_rows(q), *quantise_rows(centred(k)), halved(v)
+    parts = *quantise_rows(q), *quantise_rows(centred(k)), to_float16(v)
     return tuple(x.contiguous() for x in parts)
 
 

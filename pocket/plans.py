@@ -76,6 +76,8 @@ SEEING = JointPlan(  # phase 7, and but for little those that are made from it
 ASKED = replace(SEEING, steps=2900, seed=9, answer_weight=0.6, object_weights=(3.0, 1.0), questions=24)  # phase 9
 MIXED = replace(ASKED, object_weights=(2.0, 1.0), questions=16)  # of the last joint phases
 
+REDRAWN = DecoderPlan(steps=2000, shard=Sizes(scenes=160, edits=96), shards=10)  # of the last decoder phases
+
 # Each goes on from the weights of the one before, with other data. What each took is in docs/pocket.md.
 PHASES: tuple[VAEPlan | JointPlan | DecoderPlan, ...] = (
     VAEPlan(),
@@ -105,13 +107,13 @@ PHASES: tuple[VAEPlan | JointPlan | DecoderPlan, ...] = (
     DecoderPlan(steps=2000, seed=12, shards=10),
     replace(MIXED, steps=1100, seed=13, pictures=28, edits=16, rate=6e-4, matrix_rate=0.003, decay=0.9),
     replace(MIXED, steps=2200, seed=14, pictures=24, edits=24, rate=7e-4, matrix_rate=0.0035, decay=0.81),
-    DecoderPlan(steps=2000, seed=15, shard=Sizes(scenes=160, edits=96), shards=10),
+    replace(REDRAWN, seed=15),
     replace(MIXED, steps=2500, seed=16, pictures=28, edits=24, rate=7e-4, matrix_rate=0.0035, decay=0.81),
-    DecoderPlan(steps=2000, seed=17, shard=Sizes(scenes=160, edits=96), shards=10),
+    replace(REDRAWN, seed=17),
     replace(MIXED, steps=2200, seed=18, pictures=28, edits=24, rate=7e-4, matrix_rate=0.0035, decay=0.81),
-    DecoderPlan(steps=2000, seed=19, shard=Sizes(scenes=160, edits=96), shards=10),
+    replace(REDRAWN, seed=19),
     replace(MIXED, steps=2400, seed=20, pictures=36, edits=20, rate=7e-4, matrix_rate=0.0035, decay=0.85),
-    DecoderPlan(steps=2000, seed=21, shard=Sizes(scenes=160, edits=96), shards=10),
+    replace(REDRAWN, seed=21),
     replace(MIXED, steps=1000, seed=22, pictures=36, edits=16, rate=6e-4, matrix_rate=0.003, decay=0.9),
-    DecoderPlan(steps=2000, seed=23, shard=Sizes(scenes=160, edits=96), shards=10),
+    replace(REDRAWN, seed=23),
 )
